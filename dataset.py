@@ -1,0 +1,235 @@
+"""
+The token files on disk, their manifest, and the order in which training reads them.
+
+A data set is a folder: `train*.bin` and `val*.bin` hold token ids, headerless little-endian uint16 (or uint32), and
+`meta.json`, the manifest, says what is in them. Training reads windows of `block_size` inputs and, one further, as many
+targets. The windows of step i are a pure function of (seed, i): a resumed run needs no loader state, and 1, 2 or 8
+processes read the same batches.
+"""
+
+import collections
+import concurrent.futures
+import hashlib
+import itertools
+import json
+import os
+
+import numpy as np
+import torch
+
+from configurator import UserError
+
+CHECKSUM_LIMIT = 256 * 2**20  # bytes; larger files are checked by their size, and by their ids as they are read
+MIX_PERIOD = 4096  # steps after which a mixture's rounding repeats
+
+
+def folder_of(name):
+    """'stdlib' → 'data/stdlib'; what contains a separator is a folder already."""
+    return name if os.sep in name or '/' in name else os.path.join('data', name)
+
+
+def read_meta(name):
+    """The manifest of data set `name`. Raises UserError where there is none, or none that makes sense."""
+    path = os.path.join(folder_of(name), 'meta.json')
+    if not os.path.isfile(path):
+        raise UserError(f'{path} is missing; prepare the data first: python prepare.py data/{name}.py, or, for a text of '
+                        f'your own, python prepare.py --source=PATH --name={name}')
+    try:
+        with open(path, encoding='utf-8') as f:
+            meta = json.load(f)
+        for key in ('dtype', 'vocab_size', 'eot_id', 'tokenizer', 'files'):
+            meta[key]
+        for entry in meta['files'].values():
+            if not all(isinstance(entry[key], int) for key in ('tokens', 'documents', 'bytes', 'max_id')):
+                raise TypeError('counts are whole numbers')
+            entry['sha256']
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f'{path} is not a manifest ({type(e).__name__}: {e}); prepare the data again') from None
+    if meta['dtype'] not in ('uint16', 'uint32') or not isinstance(meta['vocab_size'], int):
+        raise UserError(f"{path}: dtype {meta['dtype']!r} with vocab_size {meta['vocab_size']!r} is not uint16 or uint32 "
+                        'with a whole number; prepare the data again')
+    return meta
+
+
+class Split:
+    """One split of a data set ('train' or 'val') as windows; `stride` is the distance between their starts, tokens."""
+
+    def __init__(self, name, split, block_size, stride=0):
+        """
+        With `stride` 0 the windows lie side by side, and from the second epoch on their grid is moved by a random
+        offset, so that a token does not meet the same window's end each time. Any other stride is kept as it is.
+
+        Raises UserError for files that are missing, damaged, do not match the manifest, or are too short.
+        """
+        meta, folder = read_meta(name), folder_of(name)
+        self.name, self.block_size, self.vocab_size = name, block_size, meta['vocab_size']
+        self.moves = stride == 0
+        self.stride = stride or block_size
+        entries = {f: entry for f, entry in sorted(meta['files'].items()) if f.startswith(split) and f.endswith('.bin')}
+        self.n_tokens = sum(entry['tokens'] for entry in entries.values())
+        self.n_bytes = sum(entry['bytes'] for entry in entries.values())  # of text
+        if not self.n_tokens:
+            raise UserError(f"{folder} has no '{split}' split; prepare it with --val_fraction above 0 and below 1")
+        self.files, self.masks, counts = [], [], []
+        for file, entry in entries.items():
+            if entry['tokens'] > block_size:
+                self.files.append(_open(os.path.join(folder, file), entry, meta))
+                mask = entry.get('mask')  # beside the tokens, a byte each: 0 = never a target
+                self.masks.append(mask and np.memmap(os.path.join(folder, mask), np.uint8, 'r', shape=entry['tokens']))
+                spare = entry['tokens'] - block_size - 1 - self._reach(entry['tokens'])
+                counts.append(spare // self.stride + 1)
+        if not counts:
+            longest = max(entry['tokens'] for entry in entries.values())
+            raise UserError(f"{folder}: the '{split}' split has {longest} tokens, but block_size {block_size} needs at least "
+                            f'{block_size + 1}; lower block_size, or prepare more text')
+        self.ends = np.cumsum(counts)  # file f holds the windows from ends[f - 1] to ends[f]
+        self.n_windows = int(self.ends[-1])
+
+    def _reach(self, n_tokens):
+        """The largest offset, in tokens, by which the grid of windows in a file may be moved."""
+        return min(self.stride, n_tokens - self.block_size) - 1 if self.moves else 0
+
+    def window(self, k, offset=0.0):
+        """Window k → inputs (block_size,) and targets (block_size,), int64; the grid moved by `offset` in [0, 1)."""
+        f = int(np.searchsorted(self.ends, k, side='right'))
+        tokens, mask = self.files[f], self.masks[f]
+        first = k - (self.ends[f - 1] if f else 0)
+        start = int(first) * self.stride + int(offset * (self._reach(len(tokens)) + 1))
+        ids = tokens[start:start + self.block_size + 1].astype(np.int64)
+        if ids.max() >= self.vocab_size:
+            raise UserError(f'{tokens.filename}: id {ids.max()} is beyond vocab_size {self.vocab_size}; '
+                            'prepare the data again')
+        targets = ids[1:].copy()
+        if mask is not None:
+            targets[mask[start + 1:start + self.block_size + 1] == 0] = -1
+        return ids[:-1], targets
+
+
+def _open(path, entry, meta):
+    """A token file as an array on disk, after checking it against its manifest entry."""
+    dtype = np.dtype(meta['dtype']).newbyteorder('<')
+    if not os.path.isfile(path):
+        raise UserError(f'{path} is missing, though meta.json names it; prepare the data again')
+    size, expected = os.path.getsize(path), entry['tokens'] * dtype.itemsize
+    if size != expected:
+        raise UserError(f"{path} has {size} bytes, but meta.json says {entry['tokens']} tokens, which is {expected} bytes; "
+                        'prepare the data again')
+    if entry['max_id'] >= meta['vocab_size']:
+        raise UserError(f"{path}: id {entry['max_id']} is beyond vocab_size {meta['vocab_size']}; prepare the data again")
+    if size <= CHECKSUM_LIMIT:
+        with open(path, 'rb') as f:
+            found = hashlib.file_digest(f, 'sha256').hexdigest()
+        if found != entry['sha256']:
+            raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {str(entry['sha256'])[:12]}; "
+                            'prepare the data again')
+    return np.memmap(path, dtype, 'r')
+
+
+def hash_numbers(*numbers):
+    """Whole numbers → one pseudo-random number below 2**64, the same everywhere (SplitMix64, Steele et al. 2014)."""
+    h = 0
+    for n in numbers:
+        h = (h + n + 0x9E3779B97F4A7C15) % 2**64
+        h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        h = (h ^ (h >> 27)) * 0x94D049BB133111EB % 2**64
+        h ^= h >> 31
+    return h
+
+
+def permute(k, n, key):
+    """
+    Element `k` of a pseudo-random permutation of range(n), without ever making the list: a Feistel network shuffles
+    the numbers of as many bits, and is walked until it lands below n (Black and Rogaway 2002, "Ciphers with arbitrary
+    finite domains").
+    """
+    half = max((n - 1).bit_length() + 1, 2) // 2
+    low = (1 << half) - 1
+    keys = [hash_numbers(key, i) for i in range(6)]
+    while True:
+        left, right = k >> half, k & low
+        for round_key in keys:
+            left, right = right, left ^ (hash_numbers(round_key, right) & low)
+        k = left << half | right
+        if k < n:
+            return k
+
+
+class TrainingOrder:
+    """The windows of every step, for one data set or a weighted mixture of several."""
+
+    def __init__(self, splits, weights, global_batch, seed):
+        """`splits`: the data sets' train splits; `weights`: their shares, adding up to 1; `global_batch`: windows."""
+        self.splits, self.global_batch, self.seed = splits, global_batch, seed
+        # Systematic sampling: lay the sources' shares of a batch end to end and cut the line at u, u + 1, u + 2, ...
+        # Each source gets its share rounded down or up. u walks evenly over [0, 1), so that the sums come out right.
+        u = np.arange(MIX_PERIOD) * 1597 % MIX_PERIOD / MIX_PERIOD
+        line = np.concatenate(([0.0], np.cumsum(np.float64(weights))[:-1], [1.0])) * global_batch
+        cuts = np.ceil(line[None, :] - u[:, None]).astype(np.int64).clip(0)  # (MIX_PERIOD, sources + 1)
+        self.counts = np.diff(cuts, axis=1)  # windows by step and source
+        self.used = np.concatenate((np.zeros((1, len(weights)), np.int64), np.cumsum(self.counts, axis=0)))
+
+    def locate(self, step, position):
+        """Where window `position` of a step's global batch lies: (source, window, offset of the grid)."""
+        periods, step = divmod(step, MIX_PERIOD)
+        source = 0
+        while position >= self.counts[step][source]:
+            position -= self.counts[step][source]
+            source += 1
+        sample = periods * int(self.used[-1][source]) + int(self.used[step][source]) + int(position)
+        epoch, k = divmod(sample, self.splits[source].n_windows)
+        key = hash_numbers(self.seed, source, epoch)
+        return source, permute(k, self.splits[source].n_windows, key), (key % 2**32 / 2**32 if epoch else 0.0)
+
+    def batch(self, step, positions):
+        """The windows at `positions` of a step's global batch: inputs and targets, each (len(positions), T), int64."""
+        windows = []
+        for position in positions:
+            source, k, offset = self.locate(step, position)
+            windows.append(self.splits[source].window(k, offset))
+        return tuple(torch.from_numpy(np.stack(part)) for part in zip(*windows))
+
+    def epochs(self, step):
+        """How often each source has been read when `step` steps are done."""
+        used = step // MIX_PERIOD * self.used[-1] + self.used[step % MIX_PERIOD]
+        return [n / split.n_windows for n, split in zip(used, self.splits)]
+
+
+def parse_mixture(dataset):
+    """'a:0.7 b:0.3' → (['a', 'b'], [0.7, 0.3]), the weights scaled to add up to 1; without a weight it is 1."""
+    names, weights = [], []
+    for part in dataset.split():
+        name, colon, weight = part.rpartition(':') if not os.path.isdir(part) else (part, '', '')
+        try:
+            weights.append(float(weight) if colon else 1.0)
+        except ValueError:
+            weights.append(0.0)
+        names.append(name if colon else part)
+        if not 0 < weights[-1] < float('inf') or not names[-1]:
+            raise UserError(f"dataset='{dataset}': a mixture is written 'a:0.7 b:0.3', with weights above 0")
+    if not names:
+        raise UserError("dataset='' names no data set; --dataset=stdlib is the default")
+    return names, [w / sum(weights) for w in weights]
+
+
+def validation_batches(split, n_windows, batch_size, rank, world_size):
+    """
+    The same windows at every evaluation: `n_windows` (or all there are), evenly spaced over the split, every
+    `world_size`-th for this rank. The last batch is filled up with targets of -1, so that all have one shape.
+    """
+    n = min(n_windows, split.n_windows)
+    mine = [i * split.n_windows // n for i in range(rank, n, world_size)]
+    for i in range(0, len(mine), batch_size):
+        pairs = [split.window(k) for k in mine[i:i + batch_size]]
+        pairs += [(np.zeros_like(pairs[0][0]), np.full_like(pairs[0][1], -1))] * (batch_size - len(pairs))
+        yield tuple(torch.from_numpy(np.stack(part)) for part in zip(*pairs))
+
+
+def read_ahead(load, steps, depth=2):
+    """Yields `load(step)` for each of `steps`, up to `depth` of them made ahead in a thread beside the training."""
+    steps = iter(steps)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        ahead = collections.deque(pool.submit(load, step) for step in itertools.islice(steps, depth))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(pool.submit(load, step) for step in itertools.islice(steps, 1))
+            yield batch

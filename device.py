@@ -1,0 +1,83 @@
+"""
+What the hardware is: the device, the precision it computes in, its processes, and its peak rate.
+"""
+
+import contextlib
+import os
+import platform
+
+import torch
+
+from configurator import UserError
+
+# Peak dense bf16 (fp16 where a card has no bf16) FLOP/s from the makers' data sheets, by a part of the device's name;
+# the first match counts. Used for model FLOPs utilisation (MFU) only.
+PEAK_FLOPS = {
+    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'A10': 125e12,
+    'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'T4': 65e12, 'V100': 125e12,
+    'RTX 4090': 165e12, 'RTX 3090': 71e12,
+}
+
+
+def pick_device(name):
+    """'auto' → cuda, else mps, else cpu; any other name as it is. Raises UserError for a device that is not there."""
+    if name == 'auto':
+        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    kind, _, index = name.partition(':')
+    here = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}
+    if kind not in here:
+        raise UserError(f"device='{name}': choose auto, cpu, cuda, cuda:N or mps")
+    if index and not index.isdigit() or int(index or 0) >= here[kind]:
+        raise UserError(f"device='{name}', but torch {torch.__version__} sees {here[kind]} {kind} device(s) here; "
+                        "use --device=auto")
+    return name
+
+
+def pick_dtype(name, device):
+    """'auto' → 'bfloat16' where `device` computes it natively, 'float16' on older GPUs, else 'float32'."""
+    if name != 'auto':
+        return name
+    if device.startswith('cuda'):
+        return 'bfloat16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'float16'
+    return 'bfloat16' if device == 'cpu' and cpu_computes_bfloat16() else 'float32'
+
+
+def cpu_computes_bfloat16():
+    """Whether matrix products in bfloat16 run in this CPU's own instructions (AMX or AVX512-BF16)."""
+    return any(getattr(torch.cpu, check, bool)() for check in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'))
+
+
+def autocast(device, dtype):
+    """A context in which matrix products run in `dtype` ('float32' changes nothing); weights stay float32."""
+    if dtype == 'float32':
+        return contextlib.nullcontext()
+    return torch.autocast(device.split(':')[0], dtype=getattr(torch, dtype))
+
+
+def synchronize(device):
+    """Waits until all work queued on `device` is done (on CPUs it always is)."""
+    if device.startswith('cuda'):
+        torch.cuda.synchronize(device)
+    elif device.startswith('mps'):
+        torch.mps.synchronize()
+
+
+def device_name(device):
+    """The device's name as its maker gives it."""
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name(device)
+    if device == 'cpu' and hasattr(torch.cpu, 'get_capabilities'):
+        return torch.cpu.get_capabilities().get('cpu_name') or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def peak_flops(device):
+    """Peak FLOP/s of `device` (see PEAK_FLOPS), or None where it is not known."""
+    name = device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None) if device != 'cpu' else None
+
+
+def distributed():
+    """(rank, local_rank, world_size) as `torchrun` sets them; (0, 0, 1) without it."""
+    return tuple(int(os.environ.get(key, default)) for key, default in
+                 (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))

@@ -1,0 +1,437 @@
+"""
+Trains a GPT-2 or a Llama on token files, on a CPU, one GPU, or many.
+
+    python train.py                                                # a small Llama on Python's own source, minutes on a CPU
+    python train.py config/gpt2.py --batch_size=8                  # a recipe, one setting changed
+    python train.py config/gpt2.py --init_from=resume              # goes on where that run stopped, exactly
+    torchrun --nproc_per_node=8 train.py config/gpt2.py            # 8 GPUs, the same batches
+    python train.py --help                                         # every setting
+
+The defaults below are the first of these; a file in config/ and --key=value override them (see configurator.py).
+"""
+
+from configurator import UserError, configure
+
+# ---- the run
+out_dir = 'out/stdlib'  # checkpoints and log.jsonl go here
+init_from = 'scratch'  # scratch, resume (what out_dir holds), or a checkpoint's path: its weights begin a new run
+eval_interval = 250  # steps between evaluations
+eval_iters = 20  # batches of batch_size in an evaluation, always the same ones
+log_interval = 10  # steps between lines of the log
+checkpoint_interval = 0  # steps between checkpoints; 0 = at every evaluation
+keep_every = 0  # keep ckpt_<iter>.pt of every so many steps (of those at which a checkpoint is saved); 0 keeps none
+sample_interval = 500  # steps between samples of text; 0 = none
+sample_prompt = 'def '  # what the samples continue
+sample_tokens = 200  # their length
+wandb_log = False  # log to Weights & Biases as well
+wandb_project = 'sourdough'
+wandb_run_name = ''  # '' = out_dir
+# ---- data
+dataset = 'stdlib'  # data/<name>, or a mixture with weights: 'a:0.7 b:0.3'
+block_size = 256  # context, tokens
+stride = 0  # tokens between the starts of two training windows; 0 = block_size, they do not overlap
+batch_size = 16  # windows in a micro-batch
+gradient_accumulation_steps = 1  # times batch_size = windows in a step, over all processes together
+# ---- model (model.py); the defaults are a small Llama
+vocab_size = 0  # 0 = the data's; more pads the embedding
+n_layer = 6  # blocks
+n_head = 4  # query heads
+n_kv_head = 2  # key/value heads; 0 = n_head
+n_embd = 256  # channels
+n_inner = 0  # width of the feed-forward; 0 = 4 * n_embd for gelu, about 8/3 * n_embd for swiglu
+norm = 'rmsnorm'  # layernorm | rmsnorm
+norm_eps = 1e-5
+mlp = 'swiglu'  # gelu | swiglu
+pos = 'rope'  # learned | rope
+rope_theta = 10000.0  # rope's base
+bias = False  # biases in the linear layers and in layernorm
+tie_weights = True  # the output layer shares the token embedding's matrix
+dropout = 0.0
+init_std = 0.02  # standard deviation of the initial weights
+# ---- optimizer (optim.py)
+optimizer = 'adamw'
+learning_rate = 2e-3  # the highest
+max_iters = 1500  # steps
+weight_decay = 0.1  # on matrices only
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # largest norm of the gradient; 0 = no clipping
+schedule = 'wsd'  # cosine | wsd | linear | constant
+warmup_iters = 50  # steps
+lr_decay_iters = 0  # steps until min_lr; 0 = max_iters
+min_lr = 0.0
+wsd_decay_iters = 0  # wsd: steps of decay at the end; 0 = 20% of lr_decay_iters
+wsd_decay = 'linear'  # linear | 1-sqrt
+# ---- machine
+device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps
+dtype = 'auto'  # auto | float32 | bfloat16 | float16: of matrix products; weights are float32. auto = bfloat16 if native
+compile = 'auto'  # auto | True | False: torch.compile; auto = on CUDA
+backend = 'auto'  # auto | nccl | gloo: of torch.distributed; auto = nccl on CUDA
+seed = 1337
+# ----
+config = configure(globals())
+
+# torch takes seconds to import: a mistyped setting is found before
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+from dataset import (Split, TrainingOrder, folder_of, hash_numbers, parse_mixture, read_ahead, read_meta,
+                     validation_batches)
+from device import autocast, device_name, distributed, peak_flops, pick_device, pick_dtype, synchronize
+from model import ModelConfig, Transformer, generate
+from optim import make_optimizer, make_schedule
+from tokenizer import load_tokenizer, tokenizer_from_state
+
+OF_THE_MACHINE = ('out_dir', 'init_from', 'device', 'dtype', 'compile', 'backend')  # not of the run
+MODEL_SETTINGS = [field.name for field in dataclasses.fields(ModelConfig)]
+
+rank, local_rank, world_size = distributed()
+
+
+def say(*words):
+    if rank == 0:
+        print(*words, flush=True)
+
+
+def take_over_settings(loaded, path):
+    """What is not said anew is as it was: all of a run's settings on a resume, else those of the model."""
+    for key, value in loaded['config'].items():
+        if key not in config or key in OF_THE_MACHINE or init_from != 'resume' and key not in MODEL_SETTINGS:
+            continue
+        if config.source[key] == 'default':
+            config[key] = globals()[key] = value
+        elif config[key] != value and init_from == 'resume':
+            say(f'changed: {key} was {value!r}, is now {config[key]!r} ({config.source[key]})')
+    was, now = loaded['model_config'], dataclasses.asdict(model_config(loaded['model_config']['vocab_size']))
+    for key in MODEL_SETTINGS:
+        if was[key] != now[key] and key not in ('dropout', 'init_std'):
+            raise UserError(f'{key} is {now[key]!r} ({config.source[key]}), but the model in {path} has {was[key]!r}; '
+                            'leave it out, or train another model from scratch')
+
+
+def model_config(data_vocab_size):
+    """The model's shape by the settings."""
+    try:
+        return ModelConfig(**{key: config[key] for key in MODEL_SETTINGS} | {'vocab_size': vocab_size or data_vocab_size})
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+
+def prepare_missing(names):
+    """Prepares data sets that are not there yet and whose recipes need no network."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    for name in names:
+        recipe = os.path.join(here, 'data', f'{name}.py')
+        if not os.path.exists(folder_of(name)) and os.path.isfile(recipe):
+            say(f'data/{name} is not there yet: preparing it with data/{name}.py')
+            done = subprocess.run([sys.executable, os.path.join(here, 'prepare.py'), recipe, '--allow_network=False'])
+            if done.returncode:
+                raise UserError(f'data/{name} could not be prepared on its own; run: python prepare.py data/{name}.py')
+
+
+def open_data(names):
+    """The data sets' manifest (their vocabulary must be one), train splits, and validation splits by name."""
+    metas = [read_meta(name) for name in names]
+    for name, meta in zip(names, metas):
+        if meta['tokenizer'] != metas[0]['tokenizer']:
+            raise UserError(f"dataset='{dataset}': {names[0]} was prepared with tokenizer {metas[0]['tokenizer']['name']}, "
+                            f"{name} with {meta['tokenizer']['name']}; a mixture needs one tokenizer")
+    has_val = {name: any(file.startswith('val') for file in meta['files']) for name, meta in zip(names, metas)}
+    return (metas[0], [Split(name, 'train', block_size, stride) for name in names],
+            {name: Split(name, 'val', block_size) for name in names if has_val[name]})
+
+
+def share_batch():
+    """(windows in a step, windows a process has of it, its micro-steps): the first does not depend on the processes."""
+    for name in ('batch_size', 'gradient_accumulation_steps'):
+        if config[name] < 1:
+            raise UserError(f'{name}={config[name]} is less than 1')
+    total = batch_size * gradient_accumulation_steps
+    if total % world_size:
+        raise UserError(f'batch_size {batch_size} * gradient_accumulation_steps {gradient_accumulation_steps} = {total} '
+                        f'windows do not divide over {world_size} processes; make the product a multiple of {world_size}')
+    share = total // world_size
+    return total, share, next(n for n in range(-(-share // batch_size), share + 1) if share % n == 0)
+
+
+def try_compile(raw_model, micro_batch):
+    """The compiled model, or the model itself, with one line, where compiling does not work."""
+    try:
+        compiled = torch.compile(raw_model)
+        idx = torch.zeros(micro_batch, block_size, dtype=torch.int64, device=device)
+        with autocast(device, dtype):
+            loss = compiled(idx, idx, reduction='sum')
+        loss.backward()
+        raw_model.zero_grad(set_to_none=True)
+        return compiled
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # of any kind: a missing C++ compiler, Python too new for it, ...
+        reason = str(e).strip().splitlines() or ['']
+        say(f'compile: does not work here, going on without it ({type(e).__name__}: {reason[0][:100]})')
+        return raw_model
+
+
+def start_wandb():
+    """The run at Weights & Biases; if it can't be reached the run is logged to a folder, for `wandb sync` later."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('wandb_log=True needs wandb: pip install wandb') from None
+    about = dict(project=wandb_project, name=wandb_run_name or out_dir, config=config, dir=out_dir)
+    try:
+        return wandb.init(**about, settings=wandb.Settings(init_timeout=30))
+    except wandb.Error as e:
+        say(f'wandb: cannot log in or reach it, logging offline into {out_dir} ({str(e).splitlines()[0][:100]})')
+        return wandb.init(**about, mode='offline')
+
+
+def open_log(first_iter):
+    """out_dir/log.jsonl, ready to append: on a resume without what came after the checkpoint."""
+    path, kept = os.path.join(out_dir, 'log.jsonl'), []
+    if init_from == 'resume' and os.path.exists(path):
+        with open(path, encoding='utf-8') as f:
+            for line in f:  # a line cut off by a crash has no end; an evaluation comes before its checkpoint
+                if line.endswith('\n') and json.loads(line)['iter'] < first_iter + ('val_loss' in line):
+                    kept.append(line)
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        f.writelines(kept)
+    os.replace(path + '.tmp', path)
+    return open(path, 'a', encoding='utf-8', buffering=1)
+
+
+def log(**record):
+    """One line of log.jsonl, and the same for wandb."""
+    if rank == 0:
+        log_file.write(json.dumps(record) + '\n')
+        if wandb_run:
+            wandb_run.log(record, step=record['iter'])
+
+
+@torch.no_grad()
+def evaluate():
+    """Validation figures: nats per token, perplexity and bits per byte, of the mixture and, if several, each source."""
+    raw_model.eval()
+    losses, bpbs = {}, {}
+    for name, split in val_splits.items():
+        sums = torch.zeros(2, device=device)  # nats, targets
+        for batch in validation_batches(split, eval_iters * batch_size, batch_size, rank, world_size):
+            x, y = on_device(batch)
+            with autocast(device, dtype):
+                sums += torch.stack((model(x, y, reduction='sum'), (y >= 0).sum()))
+        if world_size > 1:
+            dist.all_reduce(sums)
+        losses[name] = (sums[0] / sums[1]).item()
+        bpbs[name] = losses[name] / math.log(2) * split.n_tokens / split.n_bytes
+    raw_model.train()
+    share_of = {name: weight for name, weight in zip(names, weights) if name in val_splits}
+    loss, bpb = (sum(share_of[n] * x[n] for n in share_of) / sum(share_of.values()) for x in (losses, bpbs))
+    figures = {'val_loss': loss, 'val_ppl': math.exp(loss), 'val_bpb': bpb}
+    if len(val_splits) > 1:
+        figures |= {f'val_loss/{name}': losses[name] for name in losses} | {f'val_bpb/{name}': bpbs[name] for name in bpbs}
+    return figures
+
+
+def sample():
+    """The continuation of `sample_prompt`, drawn with a generator of its own: training randomness stays untouched."""
+    raw_model.eval()
+    ids = torch.tensor([tokenizer.encode(sample_prompt) or [tokenizer.eot_id]], device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    text, stream = sample_prompt, tokenizer.stream()
+    with autocast(device, dtype):
+        for nxt in generate(raw_model, ids, sample_tokens, 0.8, vocab_size=tokenizer.vocab_size, generator=generator):
+            text += stream(nxt.item())
+    raw_model.train()
+    say(f'--------\n{text}\n--------')
+
+
+def load_step(it):
+    """This process's share of step `it`: its micro-batches, and how many of their targets count."""
+    batches = []
+    for m in range(micro_steps):
+        first = rank * share + m * micro_batch
+        x, y = order.batch(it, range(first, first + micro_batch))
+        batches.append((x.pin_memory(), y.pin_memory()) if device.startswith('cuda') else (x, y))
+    return batches, sum(int((y >= 0).sum()) for _, y in batches)
+
+
+def on_device(batch):
+    return (part.to(device, non_blocking=True) for part in batch)
+
+
+# ---- the run to go on with, if any
+
+latest = os.path.join(out_dir, 'ckpt.pt')
+loaded = None
+if init_from == 'scratch':
+    if os.path.exists(latest):
+        raise UserError(f"out_dir='{out_dir}' holds a run already; continue it with --init_from=resume, or choose another "
+                        '--out_dir')
+elif init_from == 'resume' and not os.path.exists(latest):
+    raise UserError(f"init_from='resume', but out_dir='{out_dir}' holds no ckpt.pt; start with --init_from=scratch")
+else:
+    path = latest if init_from == 'resume' else init_from
+    loaded = checkpoint.load(path)
+    take_over_settings(loaded, path)
+resumes = init_from == 'resume'
+
+# ---- processes and device
+
+device = pick_device(device)
+if world_size > 1:
+    if device == 'cuda':
+        device = pick_device(f'cuda:{local_rank}')
+    backend = ('nccl' if device.startswith('cuda') else 'gloo') if backend == 'auto' else backend
+    dist.init_process_group(backend)
+if device.startswith('cuda'):
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision('high')  # TF32 where dtype is float32
+dtype = pick_dtype(dtype, device)
+
+# ---- data
+
+total_batch, share, micro_steps = share_batch()
+micro_batch = share // micro_steps
+tokens_per_step = total_batch * block_size
+names, weights = parse_mixture(dataset)
+if local_rank == 0:
+    prepare_missing(names)
+if world_size > 1:
+    dist.barrier()
+meta, train_splits, val_splits = open_data(names)
+tokenizer = load_tokenizer(meta['tokenizer']['name'])
+order = TrainingOrder(train_splits, weights, total_batch, seed)
+
+# ---- model and optimizer
+
+shape = model_config(loaded['model_config']['vocab_size'] if loaded else meta['vocab_size'])
+if shape.vocab_size < meta['vocab_size']:
+    raise UserError(f"vocab_size {shape.vocab_size} is less than the {meta['vocab_size']} of data set {names[0]}; "
+                    'leave it at 0 or make it larger')
+torch.manual_seed(seed)
+raw_model = Transformer(shape).to(device)  # the plain module, whose names checkpoints use
+first_iter, elapsed, best_val_loss = 0, 0.0, math.inf
+if loaded:
+    if tokenizer_from_state(loaded['tokenizer']).fingerprint() != tokenizer.fingerprint():
+        raise UserError(f"{path} was trained with tokenizer {loaded['tokenizer']['name']}, but data set {names[0]} was "
+                        f'prepared with {tokenizer.name}')
+    checkpoint.load_weights(raw_model, loaded, path)
+opt = make_optimizer(optimizer, raw_model, learning_rate, beta1, beta2, weight_decay, device)
+scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
+lr_at = make_schedule(schedule, learning_rate, min_lr, warmup_iters, lr_decay_iters or max_iters,
+                      wsd_decay_iters or (lr_decay_iters or max_iters) // 5, wsd_decay)
+if resumes:
+    # moments from the checkpoint, hyper-parameters from the settings
+    opt.load_state_dict(loaded['optimizer'] | {'param_groups': opt.state_dict()['param_groups']})
+    scaler.load_state_dict(loaded['scaler'])
+    first_iter, elapsed, best_val_loss = loaded['iter'], loaded['elapsed'], loaded['best_val_loss']
+del loaded
+wants_compile = device.startswith('cuda') if compile == 'auto' else compile
+model = try_compile(raw_model, micro_batch) if wants_compile else raw_model
+ddp_model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world_size > 1 else model
+
+# ---- the loop
+
+wandb_run = None
+if rank == 0:
+    os.makedirs(out_dir, exist_ok=True)
+    log_file = open_log(first_iter)
+    wandb_run = start_wandb() if wandb_log else None
+peak = peak_flops(device)
+say(f'{raw_model.count_parameters():,} parameters; {tokens_per_step:,} tokens a step ({world_size} processes x '
+    f'{micro_steps} micro-steps x {micro_batch} x {block_size}); {max_iters * tokens_per_step:,} tokens in {max_iters:,} '
+    f'steps, {max(order.epochs(max_iters)):.2f} epochs')
+say(f'{device_name(device)}, {dtype}' + (', compiled' if model is not raw_model else '') +
+    (f', resumed at iter {first_iter}' if resumes else ''))
+steps = read_ahead(load_step, range(first_iter, max_iters))
+started = time.perf_counter()  # all times in seconds
+measured, measured_tokens = 0.0, 0  # what the next line of the log divides: training only, without what interrupts it
+for it in range(first_iter, max_iters + 1):
+
+    # 1. evaluate, save, sample; a resumed run did this before it stopped
+    last = it == max_iters
+    if not (resumes and it == first_iter):
+        improved = False
+        if val_splits and (it % eval_interval == 0 or last):
+            figures = evaluate()
+            improved, best_val_loss = figures['val_loss'] < best_val_loss, min(figures['val_loss'], best_val_loss)
+            log(iter=it, tokens=it * tokens_per_step, **figures, time=elapsed + time.perf_counter() - started)
+            say(f'iter {it}: ' + ', '.join(f'{key} {value:.4f}' for key, value in figures.items()))
+        if rank == 0 and it > 0 and (improved or last or it % (checkpoint_interval or eval_interval) == 0):
+            checkpoint.save(latest, model=raw_model.state_dict(), model_config=dataclasses.asdict(shape),
+                            tokenizer=tokenizer.state(), config=dict(config), optimizer=opt.state_dict(),
+                            scaler=scaler.state_dict(), iter=it, elapsed=elapsed + time.perf_counter() - started,
+                            best_val_loss=best_val_loss)
+            if improved:
+                checkpoint.keep(latest, os.path.join(out_dir, 'best.pt'))
+            if keep_every and it % keep_every == 0:
+                checkpoint.keep(latest, os.path.join(out_dir, f'ckpt_{it}.pt'))
+        if rank == 0 and sample_interval and it > 0 and (it % sample_interval == 0 or last):
+            sample()
+    if last:
+        break
+
+    # 2. gradient: the sum over the step's targets divided by their number, over all micro-steps and processes
+    step_started = time.perf_counter()
+    micro_batches, n_targets = next(steps)
+    n_targets = torch.tensor(float(n_targets), device=device)
+    if world_size > 1:
+        dist.all_reduce(n_targets)
+    loss = torch.zeros((), device=device)
+    for m, batch in enumerate(micro_batches):
+        torch.manual_seed(hash_numbers(seed, it, rank, m))  # of dropout
+        x, y = on_device(batch)
+        averages = m == micro_steps - 1  # DDP averages gradients over the processes, once a step
+        with contextlib.nullcontext() if averages or world_size == 1 else ddp_model.no_sync(), autocast(device, dtype):
+            part = ddp_model(x, y, reduction='sum') * (world_size / n_targets.clamp(min=1))
+        scaler.scale(part).backward()
+        loss += part.detach()
+
+    # 3. step
+    scaler.unscale_(opt)
+    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    for group in opt.param_groups:
+        group['lr'] = lr_at(it)
+    scaler.step(opt)
+    scaler.update()
+    opt.zero_grad(set_to_none=True)
+
+    # 4. log
+    logs = it % log_interval == 0
+    if logs:
+        if world_size > 1:
+            dist.all_reduce(loss)
+        loss = loss.item() / world_size  # waits for the device
+    measured += time.perf_counter() - step_started
+    measured_tokens += tokens_per_step
+    if logs:
+        tok_per_sec = measured_tokens / measured
+        mfu = raw_model.flops_per_token() * tok_per_sec / (peak * world_size) if peak else None
+        so_far = time.perf_counter() - started
+        left = so_far / (it + 1 - first_iter) * (max_iters - it - 1)
+        log(iter=it, tokens=(it + 1) * tokens_per_step, loss=loss, lr=lr_at(it), grad_norm=grad_norm.item(),
+            tok_per_sec=tok_per_sec, mfu=mfu, time=elapsed + so_far)
+        say(f'iter {it}/{max_iters}: loss {loss:.4f}, lr {lr_at(it):.2e}, norm {grad_norm:.2f}, {tok_per_sec:,.0f} tok/s, '
+            f"mfu {f'{mfu:.1%}' if mfu else 'n/a'}, {int(left) // 60}:{int(left) % 60:02d} left")
+        measured, measured_tokens = 0.0, 0
+
+# ---- the end
+
+if wandb_run:
+    wandb_run.finish()
+if world_size > 1:
+    dist.destroy_process_group()
+say(f'done: {max_iters} iters in {elapsed + time.perf_counter() - started:.0f} s' +
+    (f', best validation loss {best_val_loss:.4f}' if val_splits else '') +
+    f'. Now let it write:\n    python sample.py --out_dir={out_dir}')
