@@ -32,8 +32,9 @@ def read_meta(name):
     """The manifest of data set `name`. Raises UserError where there is none, or none that makes sense."""
     path = os.path.join(folder_of(name), 'meta.json')
     if not os.path.isfile(path):
-        raise UserError(f'{path} is missing; prepare the data first: python prepare.py data/{name}.py, or, for a text of '
-                        f'your own, python prepare.py --source=PATH --name={name}')
+        how = f'data/{name}.py' if os.path.isfile(os.path.join(os.path.dirname(__file__), 'data', f'{name}.py')) else \
+            f'--source=PATH --name={name}'
+        raise UserError(f'{path} is missing; prepare the data first: python prepare.py {how}')
     try:
         with open(path, encoding='utf-8') as f:
             meta = json.load(f)
@@ -118,7 +119,7 @@ def _open(path, entry, meta):
         raise UserError(f"{path}: id {entry['max_id']} is beyond vocab_size {meta['vocab_size']}; prepare the data again")
     if size <= CHECKSUM_LIMIT:
         with open(path, 'rb') as f:
-            found = hashlib.file_digest(f, 'sha256').hexdigest()
+            found = hashlib.sha256(f.read()).hexdigest()
         if found != entry['sha256']:
             raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {str(entry['sha256'])[:12]}; "
                             'prepare the data again')

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from configurator import UserError
+
 
 def parameter_groups(model, weight_decay):
     """Weight decay on matrices (embeddings included), none on vectors (biases and norms), as GPT-2's successors do."""
@@ -17,6 +19,8 @@ def parameter_groups(model, weight_decay):
 def make_optimizer(name, model, learning_rate, beta1, beta2, weight_decay, device):
     """The optimizer called `name`; AdamW (Loshchilov and Hutter 2019) in one fused kernel where the device has it."""
     makers = {'adamw': torch.optim.AdamW}
+    if name not in makers:
+        raise UserError(f"optimizer='{name}' is not there; choose {', '.join(makers)}")
     fused = device.split(':')[0] in ('cpu', 'cuda')
     return makers[name](parameter_groups(model, weight_decay), lr=learning_rate, betas=(beta1, beta2), fused=fused)
 

@@ -129,13 +129,14 @@ class Writer:
         """Appends ids, which stand for `n_bytes` of text and end `n_documents`."""
         if len(ids) == 0:
             return
-        data = np.asarray(ids, self.dtype).tobytes()
+        ids = np.asarray(ids, self.dtype)
+        data = ids.tobytes()
         self.file.write(data)
         self.sha256.update(data)
         self.entry['tokens'] += len(ids)
         self.entry['documents'] += n_documents
         self.entry['bytes'] += n_bytes
-        self.entry['max_id'] = max(self.entry['max_id'], int(max(ids)))
+        self.entry['max_id'] = max(self.entry['max_id'], int(ids.max()))
 
     def close(self):
         self.file.flush()
@@ -175,16 +176,17 @@ def split_by_position(folder, entries, tok, dtype):
     """Where all documents fell to one side: puts them together again and makes the end of the whole validation."""
     everything = os.path.join(folder, 'everything')
     os.replace(os.path.join(folder, 'train.bin' if entries['train']['tokens'] else 'val.bin'), everything)
-    tokens = np.memmap(everything, dtype, 'r')
-    first = len(tokens) - round(len(tokens) * val_fraction)
+    n_tokens = os.path.getsize(everything) // np.dtype(dtype).itemsize
+    n_val = round(n_tokens * val_fraction)
     result = {}
-    for split, part in (('train', tokens[:first]), ('val', tokens[first:])):
-        writer = Writer(os.path.join(folder, f'{split}.bin'), dtype)
-        for i in range(0, len(part), CHUNK):
-            ids = part[i:i + CHUNK]
-            writer.write(ids, len(tok.decode_bytes(ids.tolist())), int((ids == tok.eot_id).sum()))
-        result[split] = writer.close()
-    del tokens, part, ids
+    with open(everything, 'rb') as f:
+        for split, left in (('train', n_tokens - n_val), ('val', n_val)):
+            writer = Writer(os.path.join(folder, f'{split}.bin'), dtype)
+            while left:
+                ids = np.fromfile(f, dtype, min(left, CHUNK))
+                writer.write(ids, len(tok.decode_bytes(ids.tolist())), int((ids == tok.eot_id).sum()))
+                left -= len(ids)
+            result[split] = writer.close()
     os.remove(everything)
     return result
 

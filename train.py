@@ -15,18 +15,19 @@ from configurator import UserError, configure
 # ---- the run
 out_dir = 'out/stdlib'  # checkpoints and log.jsonl go here
 init_from = 'scratch'  # scratch, resume (what out_dir holds), or a checkpoint's path: its weights begin a new run
-eval_interval = 250  # steps between evaluations
+eval_interval = 300  # steps between evaluations
 eval_iters = 20  # batches of batch_size in an evaluation, always the same ones
 log_interval = 10  # steps between lines of the log
 checkpoint_interval = 0  # steps between checkpoints; 0 = at every evaluation
 keep_every = 0  # keep ckpt_<iter>.pt of every so many steps (of those at which a checkpoint is saved); 0 keeps none
-sample_interval = 500  # steps between samples of text; 0 = none
+sample_interval = 300  # steps between samples of text; 0 = none
 sample_prompt = 'def '  # what the samples continue
 sample_tokens = 200  # their length
 wandb_log = False  # log to Weights & Biases as well
 wandb_project = 'sourdough'
 wandb_run_name = ''  # '' = out_dir
 # ---- data
+stage = 'pretrain'  # what is trained on: pretrain (every token of plain text); sft and dpo are still to come
 dataset = 'stdlib'  # data/<name>, or a mixture with weights: 'a:0.7 b:0.3'
 block_size = 256  # context, tokens
 stride = 0  # tokens between the starts of two training windows; 0 = block_size, they do not overlap
@@ -34,10 +35,10 @@ batch_size = 16  # windows in a micro-batch
 gradient_accumulation_steps = 1  # times batch_size = windows in a step, over all processes together
 # ---- model (model.py); the defaults are a small Llama
 vocab_size = 0  # 0 = the data's; more pads the embedding
-n_layer = 6  # blocks
-n_head = 4  # query heads
+n_layer = 4  # blocks
+n_head = 6  # query heads
 n_kv_head = 2  # key/value heads; 0 = n_head
-n_embd = 256  # channels
+n_embd = 192  # channels
 n_inner = 0  # width of the feed-forward; 0 = 4 * n_embd for gelu, about 8/3 * n_embd for swiglu
 norm = 'rmsnorm'  # layernorm | rmsnorm
 norm_eps = 1e-5
@@ -50,8 +51,8 @@ dropout = 0.0
 init_std = 0.02  # standard deviation of the initial weights
 # ---- optimizer (optim.py)
 optimizer = 'adamw'
-learning_rate = 2e-3  # the highest
-max_iters = 1500  # steps
+learning_rate = 4e-3  # the highest
+max_iters = 900  # steps
 weight_decay = 0.1  # on matrices only
 beta1 = 0.9
 beta2 = 0.95
@@ -86,8 +87,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from dataset import (Split, TrainingOrder, folder_of, hash_numbers, parse_mixture, read_ahead, read_meta,
-                     validation_batches)
+from dataset import Split, TrainingOrder, folder_of, hash_numbers, parse_mixture, read_ahead, read_meta, validation_batches
 from device import autocast, device_name, distributed, peak_flops, pick_device, pick_dtype, synchronize
 from model import ModelConfig, Transformer, generate
 from optim import make_optimizer, make_schedule
@@ -149,14 +149,27 @@ def open_data(names):
                             f"{name} with {meta['tokenizer']['name']}; a mixture needs one tokenizer")
     has_val = {name: any(file.startswith('val') for file in meta['files']) for name, meta in zip(names, metas)}
     return (metas[0], [Split(name, 'train', block_size, stride) for name in names],
-            {name: Split(name, 'val', block_size) for name in names if has_val[name]})
+            {name: Split(name, 'val', block_size, stride=block_size) for name in names if has_val[name]})
+
+
+def check_settings():
+    """Raises UserError for numbers out of their range; the model's are checked by ModelConfig."""
+    if stage != 'pretrain':
+        raise UserError(f"stage='{stage}' is not there yet: this version knows pretrain only")
+    for least, *keys in ((1, 'eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'gradient_accumulation_steps'),
+                         (0, 'max_iters', 'checkpoint_interval', 'keep_every', 'sample_interval', 'sample_tokens', 'stride',
+                          'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters',
+                          'wsd_decay_iters', 'vocab_size')):
+        for key in keys:
+            if config[key] < least:
+                raise UserError(f'{key}={config[key]} is less than {least}')
+    for key in ('beta1', 'beta2'):
+        if not 0 <= config[key] < 1:
+            raise UserError(f'{key}={config[key]} is not within 0 <= {key} < 1')
 
 
 def share_batch():
     """(windows in a step, windows a process has of it, its micro-steps): the first does not depend on the processes."""
-    for name in ('batch_size', 'gradient_accumulation_steps'):
-        if config[name] < 1:
-            raise UserError(f'{name}={config[name]} is less than 1')
     total = batch_size * gradient_accumulation_steps
     if total % world_size:
         raise UserError(f'batch_size {batch_size} * gradient_accumulation_steps {gradient_accumulation_steps} = {total} '
@@ -191,7 +204,7 @@ def start_wandb():
         raise UserError('wandb_log=True needs wandb: pip install wandb') from None
     about = dict(project=wandb_project, name=wandb_run_name or out_dir, config=config, dir=out_dir)
     try:
-        return wandb.init(**about, settings=wandb.Settings(init_timeout=30))
+        return wandb.init(**about)
     except wandb.Error as e:
         say(f'wandb: cannot log in or reach it, logging offline into {out_dir} ({str(e).splitlines()[0][:100]})')
         return wandb.init(**about, mode='offline')
@@ -284,6 +297,7 @@ else:
     path = latest if init_from == 'resume' else init_from
     loaded = checkpoint.load(path)
     take_over_settings(loaded, path)
+check_settings()
 resumes = init_from == 'resume'
 
 # ---- processes and device
@@ -310,7 +324,11 @@ if local_rank == 0:
 if world_size > 1:
     dist.barrier()
 meta, train_splits, val_splits = open_data(names)
-tokenizer = load_tokenizer(meta['tokenizer']['name'])
+tokenizer = tokenizer_from_state(loaded['tokenizer']) if loaded else load_tokenizer(meta['tokenizer']['name'])
+if tokenizer.fingerprint() != meta['tokenizer']['fingerprint']:
+    whose = f'{path} was trained with' if loaded else 'here it is now'
+    raise UserError(f"data set {names[0]} was prepared with tokenizer {meta['tokenizer']['name']}, but {whose} tokenizer "
+                    f'{tokenizer.name}, whose ids are others; prepare the data again')
 order = TrainingOrder(train_splits, weights, total_batch, seed)
 
 # ---- model and optimizer
@@ -323,9 +341,6 @@ torch.manual_seed(seed)
 raw_model = Transformer(shape).to(device)  # the plain module, whose names checkpoints use
 first_iter, elapsed, best_val_loss = 0, 0.0, math.inf
 if loaded:
-    if tokenizer_from_state(loaded['tokenizer']).fingerprint() != tokenizer.fingerprint():
-        raise UserError(f"{path} was trained with tokenizer {loaded['tokenizer']['name']}, but data set {names[0]} was "
-                        f'prepared with {tokenizer.name}')
     checkpoint.load_weights(raw_model, loaded, path)
 opt = make_optimizer(optimizer, raw_model, learning_rate, beta1, beta2, weight_decay, device)
 scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
@@ -359,16 +374,22 @@ started = time.perf_counter()  # all times in seconds
 measured, measured_tokens = 0.0, 0  # what the next line of the log divides: training only, without what interrupts it
 for it in range(first_iter, max_iters + 1):
 
-    # 1. evaluate, save, sample; a resumed run did this before it stopped
+    # 1. evaluate, save, sample; a resumed run did so before it stopped
     last = it == max_iters
-    if not (resumes and it == first_iter):
+    evaluates = val_splits and (it % eval_interval == 0 or last)
+    saves = it > 0 and (it % (checkpoint_interval or eval_interval) == 0 or last)
+    samples = it > 0 and sample_interval and (it % sample_interval == 0 or last)
+    if (evaluates or saves or samples) and not (resumes and it == first_iter):
+        waits = time.perf_counter()
+        synchronize(device)
+        measured += time.perf_counter() - waits
         improved = False
-        if val_splits and (it % eval_interval == 0 or last):
+        if evaluates:
             figures = evaluate()
             improved, best_val_loss = figures['val_loss'] < best_val_loss, min(figures['val_loss'], best_val_loss)
             log(iter=it, tokens=it * tokens_per_step, **figures, time=elapsed + time.perf_counter() - started)
             say(f'iter {it}: ' + ', '.join(f'{key} {value:.4f}' for key, value in figures.items()))
-        if rank == 0 and it > 0 and (improved or last or it % (checkpoint_interval or eval_interval) == 0):
+        if rank == 0 and (saves or improved and it > 0):
             checkpoint.save(latest, model=raw_model.state_dict(), model_config=dataclasses.asdict(shape),
                             tokenizer=tokenizer.state(), config=dict(config), optimizer=opt.state_dict(),
                             scaler=scaler.state_dict(), iter=it, elapsed=elapsed + time.perf_counter() - started,
@@ -377,7 +398,7 @@ for it in range(first_iter, max_iters + 1):
                 checkpoint.keep(latest, os.path.join(out_dir, 'best.pt'))
             if keep_every and it % keep_every == 0:
                 checkpoint.keep(latest, os.path.join(out_dir, f'ckpt_{it}.pt'))
-        if rank == 0 and sample_interval and it > 0 and (it % sample_interval == 0 or last):
+        if rank == 0 and samples:
             sample()
     if last:
         break

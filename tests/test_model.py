@@ -1,0 +1,182 @@
+"""The model is GPT-2 and Llama, exactly: sizes, logits and gradients beside Hugging Face's, and no look into the future."""
+
+import runpy
+
+import pytest
+import torch
+from conftest import ROOT
+
+from model import ModelConfig, Transformer
+
+TINY_GPT2 = dict(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_embd=32, bias=True)
+TINY_LLAMA = dict(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=80, bias=False,
+                  norm='rmsnorm', mlp='swiglu', pos='rope', norm_eps=1e-5)
+FAMILIES = {'gpt2': TINY_GPT2, 'llama': TINY_LLAMA, 'llama untied': TINY_LLAMA | {'tie_weights': False},
+            'llama, all heads': TINY_LLAMA | {'n_kv_head': 4}}
+
+
+def make(settings):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**settings)).eval()
+    with torch.no_grad():
+        for p in model.parameters():  # biases and norms away from their 0 and 1, so that a mix-up shows
+            p.add_(torch.randn_like(p) * 0.05)
+    return model
+
+
+def reference(model):
+    """Hugging Face's model of the same shape with the same weights, and which of its parameters each of ours became."""
+    transformers = pytest.importorskip('transformers')
+    c = model.config
+    ours = dict(model.named_parameters())
+    if c.pos == 'learned':
+        hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+        table = {'wte.weight': ['transformer.wte.weight'], 'positions.weight': ['transformer.wpe.weight']}
+        for name in ours:
+            if name.startswith(('h.', 'norm_f.')):
+                theirs = name.replace('norm_1', 'ln_1').replace('norm_2', 'ln_2').replace('norm_f', 'ln_f')
+                table[name] = ['transformer.' + theirs]
+    else:
+        hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+            vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_inner, num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.block_size,
+            rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, tie_word_embeddings=c.tie_weights))
+        table = {'wte.weight': ['model.embed_tokens.weight'], 'norm_f.weight': ['model.norm.weight'],
+                 'lm_head.weight': ['lm_head.weight']}
+        for i in range(c.n_layer):
+            at = f'model.layers.{i}.'
+            table |= {f'h.{i}.norm_1.weight': [at + 'input_layernorm.weight'],
+                      f'h.{i}.attn.c_attn.weight': [at + f'self_attn.{x}_proj.weight' for x in 'qkv'],
+                      f'h.{i}.attn.c_proj.weight': [at + 'self_attn.o_proj.weight'],
+                      f'h.{i}.norm_2.weight': [at + 'post_attention_layernorm.weight'],
+                      f'h.{i}.mlp.c_gate_up.weight': [at + f'mlp.{x}_proj.weight' for x in ('gate', 'up')],
+                      f'h.{i}.mlp.c_proj.weight': [at + 'mlp.down_proj.weight']}
+    theirs = dict(hf.named_parameters())
+    assert {t for name in ours for t in table[name]} == set(theirs)  # every parameter of theirs, and each once
+
+    def in_our_form(get):
+        """Their tensors under our names and in our layout; GPT-2's linear layers are stored transposed."""
+        out = {}
+        for name in ours:
+            parts = torch.cat([get(theirs[t]) for t in table[name]])
+            out[name] = parts.T if c.pos == 'learned' and name.startswith('h.') and parts.dim() == 2 else parts
+        return out
+
+    with torch.no_grad():
+        for name, p in ours.items():
+            targets = [theirs[t] for t in table[name]]
+            value = p.T if c.pos == 'learned' and name.startswith('h.') and p.dim() == 2 else p
+            for target, part in zip(targets, value.split([len(t) for t in targets])):
+                target.copy_(part)
+    return hf.eval(), in_our_form
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_logits_and_gradients_equal_hugging_faces(family):
+    model = make(FAMILIES[family])
+    hf, in_our_form = reference(model)
+    idx = torch.randint(0, 96, (3, 32))
+    assert torch.allclose(model(idx), hf(idx).logits, atol=1e-4, rtol=0)
+    targets = idx.roll(-1, dims=1)
+    targets[0, 5:] = targets[2, -1] = -1
+    model(idx, targets).backward()
+    hf_loss = torch.nn.functional.cross_entropy(hf(idx).logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    hf_loss.backward()
+    gradients = in_our_form(lambda p: p.grad)
+    for name, p in model.named_parameters():  # to a ten-thousandth of the largest entry, in every parameter
+        assert torch.allclose(p.grad, gradients[name], atol=1e-4 * gradients[name].abs().max(), rtol=0), name
+
+
+@pytest.mark.parametrize('recipe, n', [
+    ('gpt2', 124_439_808), ('gpt51m_bookcorpus', 51_008_512), ('llamacraft437m', 437_584_896),
+    ('smollm135m', 134_515_008), ('minueza32m_base', 32_792_760)])
+def test_recipes_have_the_published_number_of_parameters(recipe, n):
+    settings = _defaults()
+    settings |= {k: v for k, v in runpy.run_path(str(ROOT / 'config' / f'{recipe}.py')).items() if k in settings}
+    with torch.device('meta'):
+        model = Transformer(ModelConfig(**settings))
+    assert model.count_parameters() == n
+
+
+def _defaults():
+    """The model settings of train.py, as written there."""
+    import ast
+    import dataclasses
+    names = {field.name for field in dataclasses.fields(ModelConfig)}
+    tree = ast.parse((ROOT / 'train.py').read_text())
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in tree.body
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', None) in names}
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_the_future_does_not_change_past_logits(family):
+    model = make(FAMILIES[family])
+    idx = torch.randint(0, 96, (2, 32))
+    before = model(idx)
+    for t in (1, 13, 31):
+        changed = idx.clone()
+        changed[:, t:] = (changed[:, t:] + 1 + torch.randint(0, 95, changed[:, t:].shape)) % 96
+        after = model(changed)
+        assert torch.equal(before[:, :t], after[:, :t])
+        assert not torch.allclose(before[:, t], after[:, t])
+
+
+@pytest.mark.parametrize('family', ['gpt2', 'llama'])
+def test_ignored_targets_neither_count_nor_teach(family):
+    model = make(FAMILIES[family])
+    idx, targets = torch.randint(0, 96, (2, 2, 32))
+    targets[:, 20:] = -1
+    loss = model(idx, targets)
+    assert torch.allclose(loss, model(idx[:, :20], targets[:, :20]))
+    assert torch.allclose(model(idx, targets, reduction='sum'), loss * 40)
+    model.zero_grad()
+    (gradient,) = torch.autograd.grad(model(idx, torch.where(targets < 0, targets, -1), reduction='sum'),
+                                      model.wte.weight)
+    assert gradient.abs().max() == 0
+
+
+def test_rotary_embeddings_see_distances_only():
+    model = make(TINY_LLAMA)
+    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 32, 8)
+    q, k = model.positions.rotate(q, k)
+    products = (q @ k.transpose(-1, -2))[0, 0]  # (query position, key position)
+    for distance in (0, 1, 9):
+        diagonal = products.diagonal(-distance)
+        assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-5)
+    assert (products[9, 0] - products[0, 0]).abs() > 1e-3
+
+
+@pytest.mark.parametrize('family', ['gpt2', 'llama'])
+def test_init_scales_what_writes_into_the_residual_stream(family):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**FAMILIES[family] | {'n_embd': 256, 'n_layer': 8, 'init_std': 0.05}))
+    for name, p in model.named_parameters():
+        if name.endswith('c_proj.weight'):
+            assert abs(p.std() / (0.05 / 4) - 1) < 0.05, name
+        elif p.dim() == 2:
+            assert abs(p.std() / 0.05 - 1) < 0.05, name
+        elif name.endswith('bias'):
+            assert p.abs().max() == 0
+        else:
+            assert (p == 1).all(), name
+
+
+@pytest.mark.parametrize('settings, words', [
+    (dict(n_embd=576, n_head=10), ('n_embd 576', 'n_head 10')),
+    (dict(n_head=12, n_kv_head=5), ('n_head 12', 'n_kv_head 5')),
+    (dict(n_embd=36, n_head=12, pos='rope'), ('n_embd 36', 'heads of 3')),
+    (dict(dropout=1.5), ('dropout 1.5',)),
+    (dict(norm='batchnorm'), ('batchnorm', 'rmsnorm')),
+    (dict(n_layer=0), ('n_layer 0',)),
+])
+def test_impossible_shapes_are_refused_with_both_numbers(settings, words):
+    with pytest.raises(ValueError) as e:
+        ModelConfig(**settings)
+    assert all(word in str(e.value) for word in words)
+
+
+def test_more_tokens_than_the_context_are_refused():
+    with pytest.raises(ValueError, match='33 tokens.*block_size 32'):
+        make(TINY_GPT2)(torch.zeros(1, 33, dtype=torch.int64))
