@@ -13,10 +13,13 @@ Loading runs with `weights_only=True`: nothing in a file is ever executed.
 import os
 import pickle
 import shutil
+import zipfile
 
 import torch
 
 from configurator import UserError
+from model import ModelConfig, Transformer
+from tokenizer import tokenizer_from_state
 
 KEYS = ('model', 'model_config', 'tokenizer', 'config', 'optimizer', 'scaler', 'iter', 'elapsed', 'best_val_loss')
 
@@ -50,16 +53,29 @@ def load(path):
     """The checkpoint at `path`, its tensors on the CPU. Raises UserError where there is none, or none that is ours."""
     if not os.path.isfile(path):
         raise UserError(f'{path}: there is no checkpoint')
+    if not zipfile.is_zipfile(path):  # what torch.save writes is one, and its directory stands at the very end
+        raise UserError(f'{path} is not a checkpoint: the file is damaged or of another kind')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as e:
-        reason = 'it holds more than plain data, which is never loaded' if 'weights_only' in str(e).lower() else \
-            'the file is damaged or of another kind'
-        raise UserError(f'{path} is not a checkpoint: {reason}') from None
+    except pickle.UnpicklingError:
+        raise UserError(f'{path} is not a checkpoint: it holds more than plain data, which is never loaded') from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as e:
+        raise UserError(f'{path} is not a checkpoint: the file is damaged ({str(e).splitlines()[0]})') from None
     missing = [key for key in KEYS if key not in checkpoint] if isinstance(checkpoint, dict) else KEYS
     if missing:
         raise UserError(f'{path} is not a checkpoint of sourdough: it lacks {", ".join(missing)}')
     return checkpoint
+
+
+def load_model(path):
+    """The checkpoint at `path` as (model, tokenizer, the checkpoint itself), the model on the CPU, ready to sample from."""
+    checkpoint = load(path)
+    try:
+        model = Transformer(ModelConfig(**checkpoint['model_config']))
+    except (TypeError, ValueError) as e:
+        raise UserError(f'{path} is not a checkpoint of sourdough: its model_config is no shape ({e})') from None
+    load_weights(model, checkpoint, path)
+    return model.eval(), tokenizer_from_state(checkpoint['tokenizer']), checkpoint
 
 
 def load_weights(model, checkpoint, path):

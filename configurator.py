@@ -178,9 +178,9 @@ def _print_help(doc, entries, config):
 def _show(kind, error, traceback):
     """sys.excepthook: one line for what the user can mend (exit 2) or interrupted (130); the rest as ever (exit 1)."""
     if issubclass(kind, UserError):
-        print(f'error: {error}', file=sys.stderr, flush=True)
+        print(f'error: {error}', file=sys.__stderr__, flush=True)  # torch.distributed holds sys.stderr back meanwhile
         sys.exit(2)
     if issubclass(kind, KeyboardInterrupt):
-        print('\ninterrupted', file=sys.stderr, flush=True)
+        print('\ninterrupted', file=sys.__stderr__, flush=True)
         sys.exit(130)
     sys.__excepthook__(kind, error, traceback)

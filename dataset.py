@@ -58,7 +58,8 @@ class Split:
     def __init__(self, name, split, block_size, stride=0):
         """
         With `stride` 0 the windows lie side by side, and from the second epoch on their grid is moved by a random
-        offset, so that a token does not meet the same window's end each time. Any other stride is kept as it is.
+        offset, so that a token does not meet the same window's end each time. Any other stride is kept as it is; where
+        the windows overlap, one more may end with the last token.
 
         Raises UserError for files that are missing, damaged, do not match the manifest, or are too short.
         """
@@ -78,7 +79,7 @@ class Split:
                 mask = entry.get('mask')  # beside the tokens, a byte each: 0 = never a target
                 self.masks.append(mask and np.memmap(os.path.join(folder, mask), np.uint8, 'r', shape=entry['tokens']))
                 spare = entry['tokens'] - block_size - 1 - self._reach(entry['tokens'])
-                counts.append(spare // self.stride + 1)
+                counts.append(spare // self.stride + 1 + (self.stride < block_size and spare % self.stride > 0))
         if not counts:
             longest = max(entry['tokens'] for entry in entries.values())
             raise UserError(f"{folder}: the '{split}' split has {longest} tokens, but block_size {block_size} needs at least "
@@ -96,6 +97,7 @@ class Split:
         tokens, mask = self.files[f], self.masks[f]
         first = k - (self.ends[f - 1] if f else 0)
         start = int(first) * self.stride + int(offset * (self._reach(len(tokens)) + 1))
+        start = min(start, len(tokens) - self.block_size - 1)
         ids = tokens[start:start + self.block_size + 1].astype(np.int64)
         if ids.max() >= self.vocab_size:
             raise UserError(f'{tokens.filename}: id {ids.max()} is beyond vocab_size {self.vocab_size}; '

@@ -30,8 +30,7 @@ import torch
 
 import checkpoint as checkpoints
 from device import autocast, pick_device, pick_dtype
-from model import ModelConfig, Transformer, generate
-from tokenizer import tokenizer_from_state
+from model import generate
 
 
 def read_prompt():
@@ -59,11 +58,8 @@ check_settings()
 text = read_prompt()
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
-loaded = checkpoints.load(checkpoint or os.path.join(out_dir, 'ckpt.pt'))
-tokenizer = tokenizer_from_state(loaded['tokenizer'])
-model = Transformer(ModelConfig(**loaded['model_config']))
-model.load_state_dict(loaded['model'])
-model.to(device).eval()
+model, tokenizer, _ = checkpoints.load_model(checkpoint or os.path.join(out_dir, 'ckpt.pt'))
+model.to(device)
 ids = torch.tensor([tokenizer.encode(text) or [tokenizer.eot_id]], device=device)
 for i in range(num_samples):
     generator = torch.Generator(device).manual_seed(seed + i)

@@ -93,7 +93,7 @@ from model import ModelConfig, Transformer, generate
 from optim import make_optimizer, make_schedule
 from tokenizer import load_tokenizer, tokenizer_from_state
 
-OF_THE_MACHINE = ('out_dir', 'init_from', 'device', 'dtype', 'compile', 'backend')  # not of the run
+OF_THE_MACHINE = ('out_dir', 'init_from', 'device', 'compile', 'backend')  # not of the run
 MODEL_SETTINGS = [field.name for field in dataclasses.fields(ModelConfig)]
 
 rank, local_rank, world_size = distributed()
