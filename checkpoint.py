@@ -5,6 +5,7 @@ The one door for checkpoints. A checkpoint is a plain dictionary of tensors, num
     model_config  the model's shape, as `ModelConfig` takes it
     tokenizer     all of it, so that sampling needs nothing else (tokenizer.py)
     config        every setting of the run
+    data          the checksums of the token files it was trained on
     optimizer, scaler, iter, elapsed, best_val_loss    what a resumed run goes on from
 
 Loading runs with `weights_only=True`: nothing in a file is ever executed.
@@ -21,32 +22,35 @@ from configurator import UserError
 from model import ModelConfig, Transformer
 from tokenizer import tokenizer_from_state
 
-KEYS = ('model', 'model_config', 'tokenizer', 'config', 'optimizer', 'scaler', 'iter', 'elapsed', 'best_val_loss')
+KEYS = {'model': dict, 'model_config': dict, 'tokenizer': dict, 'config': dict, 'optimizer': dict, 'scaler': dict,
+        'data': dict, 'iter': int, 'elapsed': float, 'best_val_loss': float}
 
 
-def save(path, **checkpoint):
-    """Writes a checkpoint so that `path` is at any moment the old file or the new one, whole."""
-    assert set(checkpoint) == set(KEYS), set(checkpoint) ^ set(KEYS)
+def save(path, also=(), **checkpoint):
+    """
+    Writes a checkpoint so that `path` is at any moment the old file or the new one, whole.
+
+    `also` are further names for it, made before: files are replaced, never changed, so that they can share their bytes.
+    """
+    assert checkpoint.keys() == KEYS.keys(), checkpoint.keys() ^ KEYS.keys()
     temporary = f'{path}.tmp'
     with open(temporary, 'wb') as f:
         torch.save(checkpoint, f)
         f.flush()
         os.fsync(f.fileno())
+    for other in also:
+        if os.path.exists(f'{other}.tmp'):
+            os.remove(f'{other}.tmp')
+        try:
+            os.link(temporary, f'{other}.tmp')
+        except OSError:  # a file system without hard links
+            shutil.copyfile(temporary, f'{other}.tmp')
+        os.replace(f'{other}.tmp', other)
     os.replace(temporary, path)
-    sync_folder(os.path.dirname(path))
-
-
-def keep(path, other):
-    """A second name for the checkpoint at `path`: files are replaced, never changed, so the two can share their bytes."""
-    temporary = f'{other}.tmp'
-    if os.path.exists(temporary):
-        os.remove(temporary)
-    try:
-        os.link(path, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, temporary)
-    os.replace(temporary, other)
-    sync_folder(os.path.dirname(other))
+    if os.name == 'posix':  # makes the renames survive a power cut
+        folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def load(path):
@@ -59,9 +63,10 @@ def load(path):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f'{path} is not a checkpoint: it holds more than plain data, which is never loaded') from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as e:
-        raise UserError(f'{path} is not a checkpoint: the file is damaged ({str(e).splitlines()[0]})') from None
-    missing = [key for key in KEYS if key not in checkpoint] if isinstance(checkpoint, dict) else KEYS
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError):
+        raise UserError(f'{path} is not a checkpoint: the file is damaged') from None
+    found = checkpoint if isinstance(checkpoint, dict) else {}
+    missing = [key for key, kind in KEYS.items() if not isinstance(found.get(key), kind)]
     if missing:
         raise UserError(f'{path} is not a checkpoint of sourdough: it lacks {", ".join(missing)}')
     return checkpoint
@@ -70,32 +75,32 @@ def load(path):
 def load_model(path):
     """The checkpoint at `path` as (model, tokenizer, the checkpoint itself), the model on the CPU, ready to sample from."""
     checkpoint = load(path)
-    try:
-        model = Transformer(ModelConfig(**checkpoint['model_config']))
-    except (TypeError, ValueError) as e:
-        raise UserError(f'{path} is not a checkpoint of sourdough: its model_config is no shape ({e})') from None
+    model = Transformer(model_config(checkpoint, path))
     load_weights(model, checkpoint, path)
     return model.eval(), tokenizer_from_state(checkpoint['tokenizer']), checkpoint
 
 
+def model_config(checkpoint, path):
+    """The shape of a checkpoint's model. Raises UserError if that is no shape."""
+    try:
+        return ModelConfig(**checkpoint['model_config'])
+    except (TypeError, ValueError) as e:
+        raise UserError(f'{path} is not a checkpoint of sourdough: its model_config is no shape ({e})') from None
+
+
 def load_weights(model, checkpoint, path):
-    """Copies a checkpoint's weights into `model`. Raises UserError, with both shapes, where they do not fit."""
+    """Copies a checkpoint's weights into `model`. Raises UserError where they do not fit or are not finite."""
     ours, theirs = model.state_dict(), checkpoint['model']
     wrong = [f'{name} is {_shape(theirs, name)} there and {_shape(ours, name)} here'
              for name in sorted(ours.keys() | theirs.keys()) if _shape(ours, name) != _shape(theirs, name)]
     if wrong:
         more = f', and {len(wrong) - 1} more tensors differ' if len(wrong) > 1 else ''
         raise UserError(f'{path} holds a model of another shape: {wrong[0]}{more}')
+    broken = [name for name, p in theirs.items() if not p.isfinite().all()]
+    if broken:
+        raise UserError(f'{path} holds weights that are not finite numbers ({broken[0]}); go back to an earlier checkpoint')
     model.load_state_dict(theirs)
 
 
 def _shape(state, name):
-    return tuple(state[name].shape) if name in state else 'absent'
-
-
-def sync_folder(folder):
-    """Makes a rename in `folder` survive a power cut, on systems that can open a folder."""
-    if os.name == 'posix':
-        fd = os.open(folder or '.', os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+    return tuple(state[name].shape) if isinstance(state.get(name), torch.Tensor) else 'absent'

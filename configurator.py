@@ -43,6 +43,7 @@ def configure(settings):
     Raises UserError for a name that has no default, a value of another type, or a file that cannot be read.
     """
     sys.excepthook = _show
+    sys.stdout.reconfigure(errors='replace')  # generated text may hold what a terminal's encoding does not
     script = settings['__file__']
     config = Config({k: v for k, v in settings.items() if _is_setting(k, v)})
     with open(script, encoding='utf-8') as f:
@@ -95,7 +96,7 @@ def _parse(key, text, equals, config, choices):
     """The value that `--key=text` stands for: text as it is where the default is text, else a Python literal."""
     default = config.get(key)
     if not equals:
-        if isinstance(default, bool) or key not in config:
+        if isinstance(default, bool) or True in (choices or ()) or key not in config:
             return True  # `_set` has the better message for an unknown name
         raise UserError(f'--{key} needs a value: --{key}={default!r}')
     if isinstance(default, str) and not (choices and text in map(str, choices)):
@@ -165,14 +166,14 @@ def _choices(comment):
 
 
 def _print_help(doc, entries, config):
-    print((doc or '').strip() + '\n\nSettings, each as name = value, with its source where that is not the default:')
+    print((doc or '').strip() + '\n\nSettings, each with its source where that is not the default:')
     for name, comment in entries:
         if name is None:
             print(f'\n  {comment}')
         else:
             source = config.source[name]
-            value = repr(config[name]) + (f'  [{source}]' if source != 'default' else '')
-            print(f'    {name} = {value:<24}  {comment}')
+            left = f'{name} = {config[name]!r}'
+            print(f'    {left:<36}  {comment}' + (f'  [{source}]' if source != 'default' else ''))
 
 
 def _show(kind, error, traceback):
@@ -183,4 +184,7 @@ def _show(kind, error, traceback):
     if issubclass(kind, KeyboardInterrupt):
         print('\ninterrupted', file=sys.__stderr__, flush=True)
         sys.exit(130)
+    if issubclass(kind, BrokenPipeError):  # `... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     sys.__excepthook__(kind, error, traceback)

@@ -5,6 +5,7 @@ What the hardware is: the device, the precision it computes in, its processes, a
 import contextlib
 import os
 import platform
+import re
 
 import torch
 
@@ -19,18 +20,26 @@ PEAK_FLOPS = {
 }
 
 
-def pick_device(name):
-    """'auto' → cuda, else mps, else cpu; any other name as it is. Raises UserError for a device that is not there."""
-    if name == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    kind, _, index = name.partition(':')
+def pick_device(name, local_rank=0, world_size=1):
+    """
+    'auto' → cuda, else mps, else cpu; 'cuda' → this process's card, such as 'cuda:0'; any other name as it is.
+
+    Raises UserError for a device that is not there, or that several processes cannot share.
+    """
     here = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}
+    kind, _, index = name.partition(':')
+    if name == 'auto':
+        kind = 'cuda' if here['cuda'] else 'mps' if here['mps'] and world_size == 1 else 'cpu'
     if kind not in here:
         raise UserError(f"device='{name}': choose auto, cpu, cuda, cuda:N or mps")
+    if world_size > 1 and (index or kind == 'mps'):
+        raise UserError(f"device='{name}' cannot serve {world_size} processes; use --device=cuda, a card each, or cpu")
+    if kind == 'cuda':
+        index = index or str(local_rank)
     if index and not index.isdigit() or int(index or 0) >= here[kind]:
-        raise UserError(f"device='{name}', but torch {torch.__version__} sees {here[kind]} {kind} device(s) here; "
-                        "use --device=auto")
-    return name
+        raise UserError(f"device='{name}', but torch {torch.__version__} sees {here[kind]} {kind} device(s) here, and this "
+                        f'process needs number {index or 0}; use --device=auto, or fewer processes')
+    return f'{kind}:{index}' if index else kind
 
 
 def pick_dtype(name, device):
@@ -73,11 +82,13 @@ def device_name(device):
 
 def peak_flops(device):
     """Peak FLOP/s of `device` (see PEAK_FLOPS), or None where it is not known."""
+    if device == 'cpu':
+        return None
     name = device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None) if device != 'cpu' else None
+    return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf'\b{part}\b', name)), None)
 
 
 def distributed():
-    """(rank, local_rank, world_size) as `torchrun` sets them; (0, 0, 1) without it."""
+    """(rank, local_rank, world_size) as torchrun sets them; (0, 0, 1) without it."""
     return tuple(int(os.environ.get(key, default)) for key, default in
                  (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))

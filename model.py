@@ -42,9 +42,11 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
-        for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name} {getattr(self, name)} is less than 1')
+        for least, *names in ((1, 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'),
+                              (0, 'n_kv_head', 'n_inner', 'init_std', 'norm_eps', 'rope_theta')):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ValueError(f'{name} {getattr(self, name)} is less than {least}')
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_inner == 0:
             self.n_inner = 4 * self.n_embd if self.mlp == 'gelu' else 64 * math.ceil(self.n_embd * 8 / 3 / 64)

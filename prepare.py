@@ -29,6 +29,7 @@ config = configure(globals())
 import codecs
 import fnmatch
 import hashlib
+import http.client
 import itertools
 import json
 import os
@@ -36,6 +37,7 @@ import re
 import shutil
 import tempfile
 import time
+import urllib.parse
 import urllib.request
 
 import numpy as np
@@ -75,13 +77,17 @@ def _matches(file, patterns):
 
 def read_documents(path):
     """Yields each document of a file as an iterator over pieces of its text."""
-    if path.endswith('.jsonl'):
-        with open(path, encoding='utf-8', errors='count and replace') as f:
+    lines = path.endswith('.jsonl')
+    try:
+        f = open(path, encoding='utf-8-sig', errors='count and replace', newline='\n' if lines else '')
+    except OSError as e:
+        raise UserError(f'{path} cannot be read ({e.strerror}); --exclude passes it over') from None
+    with f:
+        if lines:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     yield iter([_text_of(line, path, number)])
-    else:
-        with open(path, encoding='utf-8-sig', errors='count and replace', newline='') as f:
+        else:
             yield iter(lambda: f.read(CHUNK), '')
 
 
@@ -98,18 +104,22 @@ def _text_of(line, path, number):
 
 def cut_safely(pieces):
     """
-    Recuts the pieces of a text where no token can cross: before a blank or a line's end that follows a word. No pattern
-    of a byte-level BPE matches across such a place, so that encoding piece by piece gives the ids of the whole.
+    Recuts the pieces of a long text where no token crosses: before a blank, or after a single line's end, between two
+    words. No pattern of a byte-level BPE matches across such a place, so that encoding piece by piece gives the ids of
+    the whole. (After eight million characters without one it cuts anywhere.)
     """
-    held = ''
+    held = []
     for piece in pieces:
-        held += piece
-        last = re.match(r'(?s:.*)(?:\S(?= )|\w(?=\n))', held) if len(held) >= CHUNK else None
+        last = re.match(r'(?s:.*)(?:\S(?= )|\S\n(?=\S))', piece) if len(piece) >= CHUNK else None
         if last:
-            yield held[:last.end()]
-            held = held[last.end():]
-    if held:
-        yield held
+            yield ''.join(held) + piece[:last.end()]
+            held = [piece[last.end():]]
+        else:
+            held.append(piece)
+        if len(held) > 8:
+            yield ''.join(held)
+            held = []
+    yield ''.join(held)
 
 
 def goes_to_validation(beginning):
@@ -149,7 +159,7 @@ def encode_all(files, tok, dtype, folder):
     """Encodes every document into train.bin or val.bin, and the list of sources beside them; returns the entries."""
     writers = {split: Writer(os.path.join(folder, f'{split}.bin'), dtype) for split in ('train', 'val')}
     started = shown = time.time()
-    with open(os.path.join(folder, 'sources.tsv'), 'w', encoding='utf-8') as sources:
+    with open(os.path.join(folder, 'sources.tsv'), 'w', encoding='utf-8', errors='backslashreplace') as sources:
         sources.write('file\tdocuments\tbytes\n')
         for path, recorded in files:
             n_documents = n_bytes = 0
@@ -158,7 +168,8 @@ def encode_all(files, tok, dtype, folder):
                 if not beginning:
                     continue
                 writer = writers['val' if goes_to_validation(beginning) else 'train']
-                for text in cut_safely(itertools.chain([beginning], pieces)):
+                pieces = itertools.chain([beginning], pieces)
+                for text in pieces if tok.name == 'bytes' else cut_safely(pieces):
                     size = len(text.encode('utf-8', 'replace'))
                     writer.write(tok.encode(text), size)
                     n_bytes += size
@@ -195,12 +206,15 @@ def fetch(address, folder):
     """Downloads one file into `folder` and returns its path."""
     if not allow_network:
         raise UserError(f'{address} would have to be fetched from the network')
-    path = os.path.join(folder, os.path.basename(address) or 'download.txt')
+    path = os.path.join(folder, os.path.basename(urllib.parse.urlsplit(address).path) or 'download.txt')
     print(f'fetching {address}', flush=True)
     try:
         with urllib.request.urlopen(address, timeout=60) as response, open(path, 'wb') as f:
             shutil.copyfileobj(response, f)
-    except OSError as e:
+            expected = int(response.headers.get('Content-Length', f.tell()))
+            if f.tell() != expected:
+                raise OSError(f'{f.tell()} of {expected} bytes came')
+    except (OSError, http.client.HTTPException) as e:
         raise UserError(f'source={address} could not be fetched ({e}); with a copy of it at hand, --source=PATH') from None
     return path
 

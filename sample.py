@@ -2,7 +2,7 @@
 Generates text from a checkpoint, which needs nothing beside it.
 
     python sample.py                                                      # from the default run of train.py
-    python sample.py --out_dir=out/owl --prompt='In the bakery' --temperature=0
+    python sample.py --out_dir=out/mini_owl --prompt='In the bakery' --temperature=0
     python sample.py --checkpoint=out/gpt2/best.pt --prompt_file=beginning.txt --num_samples=3 --top_p=0.9
 """
 

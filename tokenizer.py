@@ -7,7 +7,7 @@ Text ↔ token ids: one face over every kind of tokenizer.
 
 Each has `name`, `vocab_size`, `eot_id` (the end-of-text id, which separates documents), `encode`, `decode`,
 `decode_bytes`, and `state()`: all of it as plain data, from which `tokenizer_from_state` makes it again without a
-network. `fingerprint()` is equal for two tokenizers exactly if they agree on every id.
+network. Two tokenizers with one `fingerprint()` agree on every id.
 """
 
 import base64
@@ -40,7 +40,7 @@ class ByteTokenizer(Tokenizer):
     name, vocab_size, eot_id = 'bytes', 257, 256
 
     def encode(self, text):
-        return list(text.encode('utf-8'))
+        return list(text.encode('utf-8', errors='replace'))  # half a surrogate pair, as broken JSON has it, becomes '?'
 
     def decode_bytes(self, ids):
         return bytes(i for i in ids if i < 256)
@@ -60,13 +60,13 @@ class TiktokenTokenizer(Tokenizer):
         self.eot_id = special['<|endoftext|>']
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.vocab_size = self.encoding.n_vocab
+        self.text_ids = set(ranks.values())  # not the specials, nor the gaps that some vocabularies have
 
     def encode(self, text):
         return self.encoding.encode_ordinary(text)
 
     def decode_bytes(self, ids):
-        specials = set(self.special.values())
-        return self.encoding.decode_bytes([i for i in ids if i not in specials])
+        return self.encoding.decode_bytes([i for i in ids if i in self.text_ids])
 
     def state(self):
         # tiktoken's own file format: a line for each token, its bytes in base64 and its id
@@ -93,10 +93,11 @@ def load_tokenizer(name):
 
 def tokenizer_from_state(state):
     """The tokenizer that `state()` described, without a network."""
-    if state['kind'] == 'bytes':
+    kind = state.get('kind')
+    if kind == 'bytes':
         return ByteTokenizer()
-    if state['kind'] == 'tiktoken':
+    if kind == 'tiktoken':
         pairs = (line.split() for line in state['ranks'].splitlines())
         ranks = {base64.b64decode(token): int(i) for token, i in pairs}
         return TiktokenTokenizer(state['name'], state['pattern'], ranks, state['special'])
-    raise UserError(f"this file's tokenizer is of the kind {state['kind']!r}, which this version does not know")
+    raise UserError(f"this file's tokenizer is of the kind {kind!r}, which this version does not know")

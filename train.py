@@ -36,9 +36,9 @@ gradient_accumulation_steps = 1  # times batch_size = windows in a step, over al
 # ---- model (model.py); the defaults are a small Llama
 vocab_size = 0  # 0 = the data's; more pads the embedding
 n_layer = 4  # blocks
-n_head = 6  # query heads
+n_head = 4  # query heads
 n_kv_head = 2  # key/value heads; 0 = n_head
-n_embd = 192  # channels
+n_embd = 128  # channels
 n_inner = 0  # width of the feed-forward; 0 = 4 * n_embd for gelu, about 8/3 * n_embd for swiglu
 norm = 'rmsnorm'  # layernorm | rmsnorm
 norm_eps = 1e-5
@@ -51,8 +51,8 @@ dropout = 0.0
 init_std = 0.02  # standard deviation of the initial weights
 # ---- optimizer (optim.py)
 optimizer = 'adamw'
-learning_rate = 4e-3  # the highest
-max_iters = 900  # steps
+learning_rate = 8e-3  # the highest
+max_iters = 1200  # steps
 weight_decay = 0.1  # on matrices only
 beta1 = 0.9
 beta2 = 0.95
@@ -97,11 +97,25 @@ OF_THE_MACHINE = ('out_dir', 'init_from', 'device', 'compile', 'backend')  # not
 MODEL_SETTINGS = [field.name for field in dataclasses.fields(ModelConfig)]
 
 rank, local_rank, world_size = distributed()
+ddp = 'RANK' in os.environ  # torchrun sets it
 
 
 def say(*words):
     if rank == 0:
         print(*words, flush=True)
+
+
+def former_run():
+    """The checkpoint to go on from, and its path; (None, '') for a start from scratch."""
+    latest = os.path.join(out_dir, 'ckpt.pt')
+    if init_from == 'resume':
+        if not os.path.exists(latest):
+            raise UserError(f"init_from='resume', but out_dir='{out_dir}' holds no ckpt.pt; start with --init_from=scratch")
+        return checkpoint.load(latest), latest
+    if os.path.exists(latest):
+        raise UserError(f"out_dir='{out_dir}' holds a run already; continue it with --init_from=resume, or choose another "
+                        '--out_dir')
+    return (None, '') if init_from == 'scratch' else (checkpoint.load(init_from), init_from)
 
 
 def take_over_settings(loaded, path):
@@ -113,7 +127,8 @@ def take_over_settings(loaded, path):
             config[key] = globals()[key] = value
         elif config[key] != value and init_from == 'resume':
             say(f'changed: {key} was {value!r}, is now {config[key]!r} ({config.source[key]})')
-    was, now = loaded['model_config'], dataclasses.asdict(model_config(loaded['model_config']['vocab_size']))
+    former = checkpoint.model_config(loaded, path)
+    was, now = dataclasses.asdict(former), dataclasses.asdict(model_config(former.vocab_size))
     for key in MODEL_SETTINGS:
         if was[key] != now[key] and key not in ('dropout', 'init_std'):
             raise UserError(f'{key} is {now[key]!r} ({config.source[key]}), but the model in {path} has {was[key]!r}; '
@@ -154,18 +169,18 @@ def open_data(names):
 
 def check_settings():
     """Raises UserError for numbers out of their range; the model's are checked by ModelConfig."""
-    if stage != 'pretrain':
-        raise UserError(f"stage='{stage}' is not there yet: this version knows pretrain only")
     for least, *keys in ((1, 'eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'gradient_accumulation_steps'),
                          (0, 'max_iters', 'checkpoint_interval', 'keep_every', 'sample_interval', 'sample_tokens', 'stride',
                           'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters',
-                          'wsd_decay_iters', 'vocab_size')):
+                          'wsd_decay_iters', 'vocab_size', 'seed')):
         for key in keys:
             if config[key] < least:
                 raise UserError(f'{key}={config[key]} is less than {least}')
     for key in ('beta1', 'beta2'):
         if not 0 <= config[key] < 1:
             raise UserError(f'{key}={config[key]} is not within 0 <= {key} < 1')
+    if wsd_decay_iters > (lr_decay_iters or max_iters):
+        raise UserError(f'wsd_decay_iters={wsd_decay_iters} is more than the {lr_decay_iters or max_iters} steps of the run')
 
 
 def share_batch():
@@ -178,22 +193,28 @@ def share_batch():
     return total, share, next(n for n in range(-(-share // batch_size), share + 1) if share % n == 0)
 
 
-def try_compile(raw_model, micro_batch):
-    """The compiled model, or the model itself, with one line, where compiling does not work."""
+def wrap(model):
+    """The model for the gradient: under torchrun, DDP averages gradients over the processes."""
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if ddp else model
+
+
+def try_compile(raw_model):
+    """The compiled model, plain and wrapped; or, with one line, the uncompiled one, where compiling does not work."""
     try:
-        compiled = torch.compile(raw_model)
+        model = torch.compile(raw_model, dynamic=False)
+        ddp_model = wrap(model)
         idx = torch.zeros(micro_batch, block_size, dtype=torch.int64, device=device)
         with autocast(device, dtype):
-            loss = compiled(idx, idx, reduction='sum')
+            loss = ddp_model(idx, idx.clone(), reduction='sum')
         loss.backward()
-        raw_model.zero_grad(set_to_none=True)
-        return compiled
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # of any kind: a missing C++ compiler, Python too new for it, ...
         reason = str(e).strip().splitlines() or ['']
         say(f'compile: does not work here, going on without it ({type(e).__name__}: {reason[0][:100]})')
-        return raw_model
+        model, ddp_model = raw_model, wrap(raw_model)
+    raw_model.zero_grad(set_to_none=True)
+    return model, ddp_model
 
 
 def start_wandb():
@@ -227,7 +248,8 @@ def open_log(first_iter):
 def log(**record):
     """One line of log.jsonl, and the same for wandb."""
     if rank == 0:
-        log_file.write(json.dumps(record) + '\n')
+        # JSON has no word for infinity, which a gradient's norm is where float16 overflows
+        log_file.write(json.dumps({k: None if v in (math.inf, -math.inf) or v != v else v for k, v in record.items()}) + '\n')
         if wandb_run:
             wandb_run.log(record, step=record['iter'])
 
@@ -243,14 +265,14 @@ def evaluate():
             x, y = on_device(batch)
             with autocast(device, dtype):
                 sums += torch.stack((model(x, y, reduction='sum'), (y >= 0).sum()))
-        if world_size > 1:
+        if ddp:
             dist.all_reduce(sums)
         losses[name] = (sums[0] / sums[1]).item()
         bpbs[name] = losses[name] / math.log(2) * split.n_tokens / split.n_bytes
     raw_model.train()
     share_of = {name: weight for name, weight in zip(names, weights) if name in val_splits}
     loss, bpb = (sum(share_of[n] * x[n] for n in share_of) / sum(share_of.values()) for x in (losses, bpbs))
-    figures = {'val_loss': loss, 'val_ppl': math.exp(loss), 'val_bpb': bpb}
+    figures = {'val_loss': loss, 'val_ppl': math.exp(min(loss, 700)), 'val_bpb': bpb}
     if len(val_splits) > 1:
         figures |= {f'val_loss/{name}': losses[name] for name in losses} | {f'val_bpb/{name}': bpbs[name] for name in bpbs}
     return figures
@@ -258,6 +280,8 @@ def evaluate():
 
 def sample():
     """The continuation of `sample_prompt`, drawn with a generator of its own: training randomness stays untouched."""
+    if not all(p.isfinite().all() for p in raw_model.parameters()):
+        return say('no sample: the weights are no finite numbers any more; lower learning_rate or lengthen warmup_iters')
     raw_model.eval()
     ids = torch.tensor([tokenizer.encode(sample_prompt) or [tokenizer.eot_id]], device=device)
     generator = torch.Generator(device).manual_seed(seed)
@@ -280,34 +304,27 @@ def load_step(it):
 
 
 def on_device(batch):
-    return (part.to(device, non_blocking=True) for part in batch)
+    return (part.to(device, non_blocking=device.startswith('cuda')) for part in batch)  # pinned, so it may be read later
 
 
 # ---- the run to go on with, if any
 
-latest = os.path.join(out_dir, 'ckpt.pt')
-loaded = None
-if init_from == 'scratch':
-    if os.path.exists(latest):
-        raise UserError(f"out_dir='{out_dir}' holds a run already; continue it with --init_from=resume, or choose another "
-                        '--out_dir')
-elif init_from == 'resume' and not os.path.exists(latest):
-    raise UserError(f"init_from='resume', but out_dir='{out_dir}' holds no ckpt.pt; start with --init_from=scratch")
-else:
-    path = latest if init_from == 'resume' else init_from
-    loaded = checkpoint.load(path)
-    take_over_settings(loaded, path)
+if stage != 'pretrain':
+    raise UserError(f"stage='{stage}' is not there yet: this version knows pretrain only")
+loaded, loaded_path = former_run()
+if loaded:
+    take_over_settings(loaded, loaded_path)
 check_settings()
 resumes = init_from == 'resume'
 
 # ---- processes and device
 
-device = pick_device(device)
-if world_size > 1:
-    if device == 'cuda':
-        device = pick_device(f'cuda:{local_rank}')
+device = pick_device(device, local_rank, world_size)
+if ddp:
+    if backend == 'nccl' and device == 'cpu':
+        raise UserError("backend='nccl' serves CUDA only, and device is cpu; use --backend=auto")
     backend = ('nccl' if device.startswith('cuda') else 'gloo') if backend == 'auto' else backend
-    dist.init_process_group(backend)
+    dist.init_process_group(backend, device_id=torch.device(device) if device.startswith('cuda') else None)
 if device.startswith('cuda'):
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision('high')  # TF32 where dtype is float32
@@ -321,14 +338,15 @@ tokens_per_step = total_batch * block_size
 names, weights = parse_mixture(dataset)
 if local_rank == 0:
     prepare_missing(names)
-if world_size > 1:
+if ddp:
     dist.barrier()
 meta, train_splits, val_splits = open_data(names)
 tokenizer = tokenizer_from_state(loaded['tokenizer']) if loaded else load_tokenizer(meta['tokenizer']['name'])
 if tokenizer.fingerprint() != meta['tokenizer']['fingerprint']:
-    whose = f'{path} was trained with' if loaded else 'here it is now'
+    whose = f'{loaded_path} was trained with' if loaded else 'here it is now'
     raise UserError(f"data set {names[0]} was prepared with tokenizer {meta['tokenizer']['name']}, but {whose} tokenizer "
                     f'{tokenizer.name}, whose ids are others; prepare the data again')
+checksums = {name: {file: entry['sha256'] for file, entry in read_meta(name)['files'].items()} for name in names}
 order = TrainingOrder(train_splits, weights, total_batch, seed)
 
 # ---- model and optimizer
@@ -341,7 +359,7 @@ torch.manual_seed(seed)
 raw_model = Transformer(shape).to(device)  # the plain module, whose names checkpoints use
 first_iter, elapsed, best_val_loss = 0, 0.0, math.inf
 if loaded:
-    checkpoint.load_weights(raw_model, loaded, path)
+    checkpoint.load_weights(raw_model, loaded, loaded_path)
 opt = make_optimizer(optimizer, raw_model, learning_rate, beta1, beta2, weight_decay, device)
 scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
 lr_at = make_schedule(schedule, learning_rate, min_lr, warmup_iters, lr_decay_iters or max_iters,
@@ -349,12 +367,16 @@ lr_at = make_schedule(schedule, learning_rate, min_lr, warmup_iters, lr_decay_it
 if resumes:
     # moments from the checkpoint, hyper-parameters from the settings
     opt.load_state_dict(loaded['optimizer'] | {'param_groups': opt.state_dict()['param_groups']})
-    scaler.load_state_dict(loaded['scaler'])
+    if loaded['scaler'] and scaler.is_enabled():
+        scaler.load_state_dict(loaded['scaler'])
     first_iter, elapsed, best_val_loss = loaded['iter'], loaded['elapsed'], loaded['best_val_loss']
+    if first_iter > max_iters:
+        raise UserError(f'max_iters={max_iters} is less than the {first_iter} steps that {loaded_path} has done')
+    if loaded['data'] != checksums:
+        say(f'changed: the token files of {dataset} are not those that the run began with')
 del loaded
 wants_compile = device.startswith('cuda') if compile == 'auto' else compile
-model = try_compile(raw_model, micro_batch) if wants_compile else raw_model
-ddp_model = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if world_size > 1 else model
+model, ddp_model = try_compile(raw_model) if wants_compile else (raw_model, wrap(raw_model))
 
 # ---- the loop
 
@@ -377,7 +399,7 @@ for it in range(first_iter, max_iters + 1):
     # 1. evaluate, save, sample; a resumed run did so before it stopped
     last = it == max_iters
     evaluates = val_splits and (it % eval_interval == 0 or last)
-    saves = it > 0 and (it % (checkpoint_interval or eval_interval) == 0 or last)
+    saves = last or it > 0 and it % (checkpoint_interval or eval_interval) == 0
     samples = it > 0 and sample_interval and (it % sample_interval == 0 or last)
     if (evaluates or saves or samples) and not (resumes and it == first_iter):
         waits = time.perf_counter()
@@ -386,18 +408,17 @@ for it in range(first_iter, max_iters + 1):
         improved = False
         if evaluates:
             figures = evaluate()
-            improved, best_val_loss = figures['val_loss'] < best_val_loss, min(figures['val_loss'], best_val_loss)
+            improved = figures['val_loss'] < best_val_loss and it > 0
+            best_val_loss = figures['val_loss'] if improved else best_val_loss
             log(iter=it, tokens=it * tokens_per_step, **figures, time=elapsed + time.perf_counter() - started)
             say(f'iter {it}: ' + ', '.join(f'{key} {value:.4f}' for key, value in figures.items()))
-        if rank == 0 and (saves or improved and it > 0):
-            checkpoint.save(latest, model=raw_model.state_dict(), model_config=dataclasses.asdict(shape),
-                            tokenizer=tokenizer.state(), config=dict(config), optimizer=opt.state_dict(),
-                            scaler=scaler.state_dict(), iter=it, elapsed=elapsed + time.perf_counter() - started,
-                            best_val_loss=best_val_loss)
-            if improved:
-                checkpoint.keep(latest, os.path.join(out_dir, 'best.pt'))
-            if keep_every and it % keep_every == 0:
-                checkpoint.keep(latest, os.path.join(out_dir, f'ckpt_{it}.pt'))
+        if rank == 0 and (saves or improved):
+            also = ['best.pt'] * improved + [f'ckpt_{it}.pt'] * bool(keep_every and it % keep_every == 0)
+            checkpoint.save(os.path.join(out_dir, 'ckpt.pt'), [os.path.join(out_dir, name) for name in also],
+                            model=raw_model.state_dict(), model_config=dataclasses.asdict(shape),
+                            tokenizer=tokenizer.state(), config=config | {'dtype': dtype}, data=checksums,
+                            optimizer=opt.state_dict(), scaler=scaler.state_dict(), iter=it,
+                            elapsed=elapsed + time.perf_counter() - started, best_val_loss=best_val_loss)
         if rank == 0 and samples:
             sample()
     if last:
@@ -406,15 +427,15 @@ for it in range(first_iter, max_iters + 1):
     # 2. gradient: the sum over the step's targets divided by their number, over all micro-steps and processes
     step_started = time.perf_counter()
     micro_batches, n_targets = next(steps)
-    n_targets = torch.tensor(float(n_targets), device=device)
-    if world_size > 1:
+    n_targets = torch.full((), float(n_targets), device=device)
+    if ddp:
         dist.all_reduce(n_targets)
     loss = torch.zeros((), device=device)
     for m, batch in enumerate(micro_batches):
         torch.manual_seed(hash_numbers(seed, it, rank, m))  # of dropout
         x, y = on_device(batch)
         averages = m == micro_steps - 1  # DDP averages gradients over the processes, once a step
-        with contextlib.nullcontext() if averages or world_size == 1 else ddp_model.no_sync(), autocast(device, dtype):
+        with contextlib.nullcontext() if averages or not ddp else ddp_model.no_sync(), autocast(device, dtype):
             part = ddp_model(x, y, reduction='sum') * (world_size / n_targets.clamp(min=1))
         scaler.scale(part).backward()
         loss += part.detach()
@@ -431,7 +452,7 @@ for it in range(first_iter, max_iters + 1):
     # 4. log
     logs = it % log_interval == 0
     if logs:
-        if world_size > 1:
+        if ddp:
             dist.all_reduce(loss)
         loss = loss.item() / world_size  # waits for the device
     measured += time.perf_counter() - step_started
@@ -451,7 +472,7 @@ for it in range(first_iter, max_iters + 1):
 
 if wandb_run:
     wandb_run.finish()
-if world_size > 1:
+if ddp:
     dist.destroy_process_group()
 say(f'done: {max_iters} iters in {elapsed + time.perf_counter() - started:.0f} s' +
     (f', best validation loss {best_val_loss:.4f}' if val_splits else '') +

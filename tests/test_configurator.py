@@ -87,9 +87,9 @@ def test_help_shows_comment_value_and_source(script):
     for words in ('Does something.', 'first group', 'a name', "name = 'a#b'"):
         assert words in text
     lines = {line.split()[0]: line for line in text.splitlines() if ' = ' in line and '(' not in line and line[4:5] != ' '}
-    assert '7  [c.py]' in lines['steps'] and 'how many' in lines['steps']
-    assert '1.0  [command line]' in lines['rate']
-    assert '[' not in lines['kind'] and 'plain | fancy: how it looks' in lines['kind']
+    assert lines['steps'].split() == 'steps = 7 how many [c.py]'.split()
+    assert lines['rate'].split() == 'rate = 1.0 how fast [command line]'.split()
+    assert lines['kind'].split() == "kind = 'plain' plain | fancy: how it looks".split()
 
 
 @pytest.mark.parametrize('name', ['train.py', 'prepare.py', 'sample.py'])

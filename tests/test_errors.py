@@ -28,6 +28,10 @@ def fails(script, *args, cwd, **kwargs):
     ('--eval_interval=0', 'eval_interval=0 is less than 1'),
     ('--learning_rate=-1', 'learning_rate=-1.0 is less than 0'),
     ('--beta2=1', 'beta2=1.0 is not within'),
+    ('--n_kv_head=-1', 'n_kv_head -1 is less than 0'),
+    ('--init_std=-1', 'init_std -1.0 is less than 0'),
+    ('--wsd_decay_iters=99', 'wsd_decay_iters=99 is more than the 20 steps'),
+    ('--device=cuda', "device='cuda', but torch") if not torch.cuda.is_available() else ('--seed=-1', 'seed=-1 is less'),
     ('--vocab_size=100', 'vocab_size 100 is less than the 257 of data set tiny'),
     ('--block_size=100000000', 'tokens, but block_size 100000000 needs at least'),
     ('--dataset=nothing', 'data/nothing/meta.json is missing; prepare the data first: python prepare.py --source=PATH'),
@@ -61,6 +65,8 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(place):
     run('train.py', *TINY, cwd=place)
     files = {path: path.read_bytes() for path in (place / 'out' / 'tiny').iterdir()}
     assert "out_dir='out/tiny' holds a run already; continue it with --init_from=resume" in fails('train.py', *TINY, cwd=place)
+    assert 'holds a run already' in fails('train.py', *TINY, '--init_from=out/tiny/best.pt', cwd=place)
+    assert 'max_iters=5 is less than the 20 steps' in fails('train.py', *TINY, '--init_from=resume', '--max_iters=5', cwd=place)
     error = fails('train.py', *TINY, '--init_from=resume', '--n_layer=3', cwd=place)
     assert 'n_layer is 3 (command line), but the model in out/tiny/ckpt.pt has 2' in error
     error = fails('train.py', *TINY, '--init_from=out/tiny/ckpt.pt', *GPT2, '--out_dir=out/next', cwd=place)
@@ -81,6 +87,7 @@ class Evil:
     ('evil pickle', 'is not a checkpoint'),
     ('evil torch', 'is not a checkpoint: it holds more than plain data, which is never loaded'),
     ('other torch', 'is not a checkpoint of sourdough: it lacks'),
+    ('no shape', 'its model_config is no shape'), ('no tokenizer', 'of the kind None'), ('not finite', 'not finite numbers'),
     ('other shape', "holds a model of another shape: h.0.attn.c_attn.weight is (3, 3) there and (64, 32) here"),
     ('missing', 'there is no checkpoint')])
 def test_what_is_not_a_checkpoint_is_refused_and_never_executed(place, what, words):
@@ -92,6 +99,10 @@ def test_what_is_not_a_checkpoint_is_refused_and_never_executed(place, what, wor
      'truncated': lambda: path.write_bytes(whole[:len(whole) // 2]),
      'evil pickle': lambda: path.write_bytes(pickle.dumps(Evil())),
      'evil torch': lambda: torch.save(good | {'iter': Evil()}, path),
+     'no shape': lambda: torch.save(good | {'model_config': {'n_embd': 'wide'}}, path),
+     'no tokenizer': lambda: torch.save(good | {'tokenizer': {}}, path),
+     'not finite': lambda: torch.save(
+         good | {'model': {name: p * torch.nan for name, p in good['model'].items()}}, path),
      'other torch': lambda: torch.save({'state_dict': {}}, path), 'missing': path.unlink,
      'other shape': lambda: torch.save(
          good | {'model': good['model'] | {'h.0.attn.c_attn.weight': torch.zeros(3, 3)}}, path)}[what]()

@@ -120,6 +120,23 @@ def test_the_log_says_what_happened(place):
     assert 'left' in text and 'python sample.py --out_dir=out/tiny' in text
 
 
+def test_a_resume_says_what_differs(place):
+    run('train.py', *TINY, '--max_iters=4', cwd=place)
+    text, _ = run('train.py', *TINY, '--init_from=resume', '--max_iters=6', '--learning_rate=1', cwd=place)
+    assert 'changed: learning_rate was 0.008, is now 1.0 (command line)' in text and 'changed: max_iters was 4' in text
+    (place / 'other').mkdir()
+    write_tokens(place / 'other' / 'data', np.arange(4000) % 100, np.arange(500) % 100)
+    text, _ = run('train.py', '--out_dir=out/tiny', '--init_from=resume', '--max_iters=7', '--dataset=other/data', cwd=place)
+    assert 'changed: the token files of other/data are not those that the run began with' in text
+    assert 'changed: learning_rate' not in text  # what is not said anew is as it was
+
+
+def test_torchrun_with_one_process_is_the_same_run(place):
+    run('train.py', *TINY, cwd=place)
+    run('train.py', *TINY, '--out_dir=out/torchrun', cwd=place, torchrun=1)
+    assert losses(place / 'out' / 'tiny') == losses(place / 'out' / 'torchrun')
+
+
 def test_samples_and_evaluations_touch_no_training_randomness(place):
     args = [*TINY, '--dropout=0.2']
     text, _ = run('train.py', *args, '--sample_interval=5', '--sample_prompt=import ', cwd=place)
