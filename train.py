@@ -295,6 +295,8 @@ def sample():
 
 def load_step(it):
     """This process's share of step `it`: its micro-batches, and how many of their targets count."""
+    if device.startswith('cuda'):
+        torch.cuda.set_device(device)  # of the thread that reads ahead; pinning would wake the first card otherwise
     batches = []
     for m in range(micro_steps):
         first = rank * share + m * micro_batch
@@ -461,7 +463,7 @@ for it in range(first_iter, max_iters + 1):
         tok_per_sec = measured_tokens / measured
         mfu = raw_model.flops_per_token() * tok_per_sec / (peak * world_size) if peak else None
         so_far = time.perf_counter() - started
-        left = so_far / (it + 1 - first_iter) * (max_iters - it - 1)
+        left = (max_iters - it - 1) * tokens_per_step / tok_per_sec
         log(iter=it, tokens=(it + 1) * tokens_per_step, loss=loss, lr=lr_at(it), grad_norm=grad_norm.item(),
             tok_per_sec=tok_per_sec, mfu=mfu, time=elapsed + so_far)
         say(f'iter {it}/{max_iters}: loss {loss:.4f}, lr {lr_at(it):.2e}, norm {grad_norm:.2f}, {tok_per_sec:,.0f} tok/s, '
