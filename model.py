@@ -203,6 +203,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Token ids → logits: embedding, `n_layer` blocks, norm, output layer. `config` is a ModelConfig."""
 
     def __init__(self, config):
         super().__init__()

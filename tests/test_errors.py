@@ -55,6 +55,15 @@ def test_train_refuses(place, args, words):
     assert not (place / 'out').exists()
 
 
+def test_a_truncated_token_file(place):
+    write_tokens(place / 'cut', [1, 2, 3] * 100)
+    with open(place / 'cut' / 'train.bin', 'r+b') as f:
+        f.truncate(301)
+    error = fails('train.py', *TINY, f'--dataset={place}/cut', cwd=place)
+    assert 'train.bin has 301 bytes, but meta.json says 300 tokens, which is 600 bytes; prepare the data again' in error
+    assert not (place / 'out').exists()
+
+
 def test_a_batch_that_does_not_divide_over_the_processes(place):
     _, err = run('train.py', *TINY, '--batch_size=3', cwd=place, code=1, torchrun=2)  # 1 is torchrun's own code
     assert ('error: batch_size 3 * gradient_accumulation_steps 1 = 3 windows do not divide over 2 processes; '
