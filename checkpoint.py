@@ -56,7 +56,7 @@ def save(path, also=(), **checkpoint):
 def load(path):
     """The checkpoint at `path`, its tensors on the CPU. Raises UserError where there is none, or none that is ours."""
     if not os.path.isfile(path):
-        raise UserError(f'{path}: there is no checkpoint')
+        raise UserError(f'{path}: there is no checkpoint; train a model first, or name the file of another')
     if not zipfile.is_zipfile(path):  # what torch.save writes is one, and its directory stands at the very end
         raise UserError(f'{path} is not a checkpoint: the file is damaged or of another kind')
     try:

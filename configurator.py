@@ -21,6 +21,7 @@ import glob
 import os
 import re
 import sys
+import traceback
 import types
 
 
@@ -85,8 +86,11 @@ def _run_file(path, config, choices):
     try:
         with open(path, encoding='utf-8') as f:
             exec(compile(f.read(), path, 'exec'), namespace)
-    except (SyntaxError, NameError, UnicodeDecodeError) as e:
-        raise UserError(f'{path}: {e}') from None
+    except SyntaxError as e:
+        raise UserError(f'{path}, line {e.lineno}: {e.msg}') from None
+    except Exception as e:  # whatever the file's own code does wrong
+        line = next((f.lineno for f in reversed(traceback.extract_tb(e.__traceback__)) if f.filename == path), '?')
+        raise UserError(f'{path}, line {line}: {type(e).__name__}: {e}') from None
     for key, value in namespace.items():
         if not key.startswith('_') and not callable(value) and not isinstance(value, types.ModuleType):
             _set(config, key, value, path, choices)
@@ -98,7 +102,7 @@ def _parse(key, text, equals, config, choices):
     if not equals:
         if isinstance(default, bool) or True in (choices or ()) or key not in config:
             return True  # `_set` has the better message for an unknown name
-        raise UserError(f'--{key} needs a value: --{key}={default!r}')
+        raise UserError(f'--{key} needs a value, written with = and no blank: --{key}={default}')
     if isinstance(default, str) and not (choices and text in map(str, choices)):
         return text
     try:
@@ -176,7 +180,7 @@ def _print_help(doc, entries, config):
             print(f'    {left:<36}  {comment}' + (f'  [{source}]' if source != 'default' else ''))
 
 
-def _show(kind, error, traceback):
+def _show(kind, error, trace):
     """sys.excepthook: one line for what the user can mend (exit 2) or interrupted (130); the rest as ever (exit 1)."""
     if issubclass(kind, UserError):
         print(f'error: {error}', file=sys.__stderr__, flush=True)  # torch.distributed holds sys.stderr back meanwhile
@@ -187,4 +191,4 @@ def _show(kind, error, traceback):
     if issubclass(kind, BrokenPipeError):  # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    sys.__excepthook__(kind, error, traceback)
+    sys.__excepthook__(kind, error, trace)

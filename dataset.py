@@ -199,6 +199,8 @@ class TrainingOrder:
 
 def parse_mixture(dataset):
     """'a:0.7 b:0.3' → (['a', 'b'], [0.7, 0.3]), the weights scaled to add up to 1; without a weight it is 1."""
+    if ',' in dataset:
+        raise UserError(f"dataset='{dataset}': the parts of a mixture are separated by blanks: 'a:0.7 b:0.3'")
     names, weights = [], []
     for part in dataset.split():
         name, colon, weight = part.rpartition(':') if not os.path.isdir(part) else (part, '', '')

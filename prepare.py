@@ -250,9 +250,10 @@ def prepare(folder, target):
 
 
 def main():
-    if not source or not re.fullmatch(r'[\w.-]+', name) or name.startswith('.'):
-        raise UserError(f"source='{source}' and name='{name}' must both be given: --source=PATH --name=mine, the name of "
-                        "letters, digits, '_', '-' and '.'")
+    if not source or not name:
+        raise UserError(f"source='{source}' and name='{name}' must both be given: --source=PATH --name=mine")
+    if not re.fullmatch(r'[\w.-]+', name) or name.startswith('.'):
+        raise UserError(f"name='{name}' may have letters, digits, '_', '-' and '.' (not first) only: it becomes a folder")
     if not 0 <= val_fraction < 1:
         raise UserError(f'val_fraction={val_fraction} is not within 0 <= val_fraction < 1')
     target = folder_of(name)

@@ -13,12 +13,12 @@ out_dir = 'out/stdlib'  # the run whose latest checkpoint writes
 checkpoint = ''  # or the path of any checkpoint
 prompt = ''  # what the text continues; '' = it begins from end-of-text, as a new document
 prompt_file = ''  # a file that holds the prompt
-num_samples = 1
-max_new_tokens = 500  # tokens of each sample
+num_samples = 1  # continuations of the prompt, one after the other
+max_new_tokens = 1000  # tokens of each sample, unless it ends before
 temperature = 0.8  # 0 = always the likeliest token; 1 = as the model says
 top_k = 0  # only the so many likeliest tokens; 0 = all
 top_p = 1.0  # only the likeliest tokens that together have this probability (nucleus sampling)
-seed = 1337
+seed = 1337  # of the first sample; the next has the next
 device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto | float32 | bfloat16 | float16: of matrix products; auto = bfloat16 if native
 # ----
@@ -42,8 +42,10 @@ def read_prompt():
     try:
         with open(prompt_file, encoding='utf-8') as f:
             return f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"prompt_file='{prompt_file}' cannot be read ({e})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"prompt_file='{prompt_file}' is not UTF-8 text") from None
+    except OSError as e:
+        raise UserError(f"prompt_file='{prompt_file}' cannot be read ({e.strerror})") from None
 
 
 def check_settings():

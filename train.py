@@ -21,11 +21,11 @@ log_interval = 10  # steps between lines of the log
 checkpoint_interval = 0  # steps between checkpoints; 0 = at every evaluation
 keep_every = 0  # keep ckpt_<iter>.pt of every so many steps (of those at which a checkpoint is saved); 0 keeps none
 sample_interval = 300  # steps between samples of text; 0 = none
-sample_prompt = 'def '  # what the samples continue
+sample_prompt = 'def '  # what the samples continue; '' = a new document
 sample_tokens = 200  # their length
 wandb_log = False  # log to Weights & Biases as well
-wandb_project = 'sourdough'
-wandb_run_name = ''  # '' = out_dir
+wandb_project = 'sourdough'  # the project there
+wandb_run_name = ''  # the run's name there; '' = out_dir
 # ---- data
 stage = 'pretrain'  # what is trained on: pretrain (every token of plain text); sft and dpo are still to come
 dataset = 'stdlib'  # data/<name>, or a mixture with weights: 'a:0.7 b:0.3'
@@ -41,26 +41,26 @@ n_kv_head = 2  # key/value heads; 0 = n_head
 n_embd = 128  # channels
 n_inner = 0  # width of the feed-forward; 0 = 4 * n_embd for gelu, about 8/3 * n_embd for swiglu
 norm = 'rmsnorm'  # layernorm | rmsnorm
-norm_eps = 1e-5
+norm_eps = 1e-5  # added under the norms' square root
 mlp = 'swiglu'  # gelu | swiglu
 pos = 'rope'  # learned | rope
 rope_theta = 10000.0  # rope's base
 bias = False  # biases in the linear layers and in layernorm
 tie_weights = True  # the output layer shares the token embedding's matrix
-dropout = 0.0
+dropout = 0.0  # share of activations zeroed while training
 init_std = 0.02  # standard deviation of the initial weights
 # ---- optimizer (optim.py)
-optimizer = 'adamw'
+optimizer = 'adamw'  # the only one yet
 learning_rate = 8e-3  # the highest
 max_iters = 1200  # steps
 weight_decay = 0.1  # on matrices only
-beta1 = 0.9
-beta2 = 0.95
+beta1 = 0.9  # AdamW's memory of gradients
+beta2 = 0.95  # and of their squares
 grad_clip = 1.0  # largest norm of the gradient; 0 = no clipping
 schedule = 'wsd'  # cosine | wsd | linear | constant
 warmup_iters = 50  # steps
 lr_decay_iters = 0  # steps until min_lr; 0 = max_iters
-min_lr = 0.0
+min_lr = 0.0  # the learning rate at the end
 wsd_decay_iters = 0  # wsd: steps of decay at the end; 0 = 20% of lr_decay_iters
 wsd_decay = 'linear'  # linear | 1-sqrt
 # ---- machine
@@ -68,13 +68,14 @@ device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto | float32 | bfloat16 | float16: of matrix products; weights are float32. auto = bfloat16 if native
 compile = 'auto'  # auto | True | False: torch.compile; auto = on CUDA
 backend = 'auto'  # auto | nccl | gloo: of torch.distributed; auto = nccl on CUDA
-seed = 1337
+seed = 1337  # of the initial weights, the order of the data, and dropout
 # ----
 config = configure(globals())
 
 # torch takes seconds to import: a mistyped setting is found before
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -108,6 +109,10 @@ def say(*words):
 def former_run():
     """The checkpoint to go on from, and its path; (None, '') for a start from scratch."""
     latest = os.path.join(out_dir, 'ckpt.pt')
+    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
+        raise UserError(f"out_dir='{out_dir}' is a file; choose another --out_dir")
+    if init_from not in ('scratch', 'resume') and not os.path.isfile(init_from):
+        raise UserError(f"init_from='{init_from}' is neither scratch, nor resume, nor a checkpoint that is there")
     if init_from == 'resume':
         if not os.path.exists(latest):
             raise UserError(f"init_from='resume', but out_dir='{out_dir}' holds no ckpt.pt; start with --init_from=scratch")
@@ -120,19 +125,22 @@ def former_run():
 
 def take_over_settings(loaded, path):
     """What is not said anew is as it was: all of a run's settings on a resume, else those of the model."""
+    changed = []
     for key, value in loaded['config'].items():
         if key not in config or key in OF_THE_MACHINE or init_from != 'resume' and key not in MODEL_SETTINGS:
             continue
         if config.source[key] == 'default':
             config[key] = globals()[key] = value
         elif config[key] != value and init_from == 'resume':
-            say(f'changed: {key} was {value!r}, is now {config[key]!r} ({config.source[key]})')
+            changed.append(f'changed: {key} was {value!r}, is now {config[key]!r} ({config.source[key]})')
     former = checkpoint.model_config(loaded, path)
     was, now = dataclasses.asdict(former), dataclasses.asdict(model_config(former.vocab_size))
     for key in MODEL_SETTINGS:
         if was[key] != now[key] and key not in ('dropout', 'init_std'):
             raise UserError(f'{key} is {now[key]!r} ({config.source[key]}), but the model in {path} has {was[key]!r}; '
                             'leave it out, or train another model from scratch')
+    for line in changed:
+        say(line)
 
 
 def model_config(data_vocab_size):
@@ -195,7 +203,12 @@ def share_batch():
 
 def wrap(model):
     """The model for the gradient: under torchrun, DDP averages gradients over the processes."""
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True) if ddp else model
+    if not ddp:
+        return model
+    # the buffers are constants, which need no broadcast at every step; torch 2.13 renamed the argument that says so
+    new = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
+    constant = {'forward_sync_buffers' if new else 'broadcast_buffers': False}
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **constant)
 
 
 def try_compile(raw_model):
@@ -388,9 +401,9 @@ if rank == 0:
     log_file = open_log(first_iter)
     wandb_run = start_wandb() if wandb_log else None
 peak = peak_flops(device)
-say(f'{raw_model.count_parameters():,} parameters; {tokens_per_step:,} tokens a step ({world_size} processes x '
-    f'{micro_steps} micro-steps x {micro_batch} x {block_size}); {max_iters * tokens_per_step:,} tokens in {max_iters:,} '
-    f'steps, {max(order.epochs(max_iters)):.2f} epochs')
+say(f'{raw_model.count_parameters():,} parameters; {max_iters:,} steps of {tokens_per_step:,} tokens (processes {world_size} x '
+    f'micro-steps {micro_steps} x windows {micro_batch} x block_size {block_size}), {max_iters * tokens_per_step:,} in all, '
+    f'{max(order.epochs(max_iters)):.2f} epochs')
 say(f'{device_name(device)}, {dtype}' + (', compiled' if model is not raw_model else '') +
     (f', resumed at iter {first_iter}' if resumes else ''))
 steps = read_ahead(load_step, range(first_iter, max_iters))

@@ -1,5 +1,6 @@
 """Settings: files are checked as strictly as flags, text is taken as it is, and a mistake is told what was meant."""
 
+import re
 import subprocess
 import sys
 
@@ -62,7 +63,7 @@ def test_flags(script, flag, result):
     ('--stepz=5', 'stepz (command line) is not a setting; did you mean steps?'),
     ('--zzz=5', '--help lists them'), ('--steps=2.5', 'expected a whole number, such as 10'),
     ('--steps=many', 'expected a whole number'), ('--steps=True', 'expected a whole number'),
-    ('--steps', '--steps needs a value: --steps=10'), ('--flag=yes', 'expected True or False'),
+    ('--steps', '--steps needs a value, written with = and no blank: --steps=10'), ('--flag=yes', 'expected True or False'),
     ('--flag=1', 'expected True or False'), ('--rate=fast', 'expected a number, such as 0.5'),
     ('--kind=fency', 'choose one of plain, fancy; did you mean fancy?'), ('--mode=2', 'choose one of auto, True, False'),
     ('-x', 'written --key=value'), ('nothing.py', 'there is no such config file'), ('steps=5', '--key=value')])
@@ -73,7 +74,10 @@ def test_mistakes_on_the_command_line_get_one_line(script, flag, words):
 
 @pytest.mark.parametrize('code, words', [
     ('stepz = 5', 'stepz (c.py) is not a setting; did you mean steps?'), ('steps = 2.5', 'expected a whole number'),
-    ('steps = None', 'expected a whole number'), ("name = 'a", 'c.py'), ('steps = stepz', "name 'stepz' is not defined"),
+    ('steps = None', 'expected a whole number'),
+    ("name = 'a", 'c.py, line 1: unterminated'), ('\nsteps = 1 // 0', 'c.py, line 2: ZeroDivisionError'),
+    ('import numppy', "No module named 'numppy'"),
+    ('steps = stepz', "name 'stepz' is not defined"),
     ("kind = 'odd'", 'choose one of plain, fancy')])
 def test_mistakes_in_a_file_get_one_line(script, code, words):
     (script.folder / 'c.py').write_text(code + '\n')
@@ -93,8 +97,9 @@ def test_help_shows_comment_value_and_source(script):
 
 
 @pytest.mark.parametrize('name', ['train.py', 'prepare.py', 'sample.py'])
-def test_help_lists_every_setting_of_a_script_with_a_comment_where_its_name_does_not_say_it(name):
+def test_help_lists_every_setting_of_a_script_with_its_comment(name):
     text = subprocess.run([sys.executable, str(ROOT / name), '--help'], text=True, capture_output=True, check=True).stdout
     listed = {line.split()[0] for line in text.splitlines() if line.startswith('    ') and ' = ' in line}
     assert {'train.py': {'out_dir', 'learning_rate', 'n_kv_head', 'seed'}, 'prepare.py': {'source', 'val_fraction'},
             'sample.py': {'prompt', 'top_p'}}[name] <= listed
+    assert [line for line in text.splitlines() if re.fullmatch(r'    \w+ = \S*\s*', line)] == []  # each has a comment

@@ -42,7 +42,8 @@ def fails(script, *args, cwd, **kwargs):
     ('--optimizer=adamv', "optimizer='adamv' is not there; choose adamw"),
     ('--stage=sft', "stage='sft' is not there yet"),
     ('--init_from=resume', "out_dir='out/tiny' holds no ckpt.pt"),
-    ('--init_from=nowhere.pt', 'nowhere.pt: there is no checkpoint'),
+    ('--init_from=resum', "init_from='resum' is neither scratch, nor resume"),
+    ('--dataset=tiny:0.7,b:0.3', 'separated by blanks'),
 ])
 def test_train_refuses(place, args, words):
     (place / 'data').unlink()
@@ -80,6 +81,8 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(place):
     assert 'n_layer is 3 (command line), but the model in out/tiny/ckpt.pt has 2' in error
     error = fails('train.py', *TINY, '--init_from=out/tiny/ckpt.pt', *GPT2, '--out_dir=out/next', cwd=place)
     assert 'but the model in out/tiny/ckpt.pt has' in error
+    (place / 'file').write_text('')
+    assert "out_dir='file' is a file" in fails('train.py', *TINY, '--out_dir=file', cwd=place)
     assert files == {path: path.read_bytes() for path in (place / 'out' / 'tiny').iterdir()}
     assert not (place / 'out' / 'next').exists()
 
@@ -144,7 +147,7 @@ def test_sample_refuses(tmp_path, args, words):
 
 
 @pytest.mark.parametrize('args, words', [
-    ('', "source='' and name='' must both be given"), ('--source=x.txt --name=../x', 'must both be given'),
+    ('', "source='' and name='' must both be given"), ('--source=x.txt --name=../x', "name='../x' may have letters"),
     ('--source=none.txt --name=x', "source='none.txt' is neither a file nor a folder"),
     ('--source=empty --name=x', "source='empty': no text in 0 files"), ('--source=blank.txt --name=x', 'no text in 1 files'),
     ('--source=a.jsonl --name=x', "a.jsonl, line 2 has no text in the field text_field='text'; its fields are: body, id"),
