@@ -164,14 +164,14 @@ def prepare_missing(names):
 
 
 def open_data(names):
-    """The data sets' manifest (their vocabulary must be one), train splits, and validation splits by name."""
+    """The data sets' manifests (which must share a tokenizer), train splits, and validation splits by name."""
     metas = [read_meta(name) for name in names]
     for name, meta in zip(names, metas):
         if meta['tokenizer'] != metas[0]['tokenizer']:
             raise UserError(f"dataset='{dataset}': {names[0]} was prepared with tokenizer {metas[0]['tokenizer']['name']}, "
                             f"{name} with {meta['tokenizer']['name']}; a mixture needs one tokenizer")
     has_val = {name: any(file.startswith('val') for file in meta['files']) for name, meta in zip(names, metas)}
-    return (metas[0], [Split(name, 'train', block_size, stride) for name in names],
+    return (metas, [Split(name, 'train', block_size, stride) for name in names],
             {name: Split(name, 'val', block_size, stride=block_size) for name in names if has_val[name]})
 
 
@@ -355,13 +355,14 @@ if local_rank == 0:
     prepare_missing(names)
 if ddp:
     dist.barrier()
-meta, train_splits, val_splits = open_data(names)
+metas, train_splits, val_splits = open_data(names)
+meta = metas[0]
 tokenizer = tokenizer_from_state(loaded['tokenizer']) if loaded else load_tokenizer(meta['tokenizer']['name'])
 if tokenizer.fingerprint() != meta['tokenizer']['fingerprint']:
     whose = f'{loaded_path} was trained with' if loaded else 'here it is now'
     raise UserError(f"data set {names[0]} was prepared with tokenizer {meta['tokenizer']['name']}, but {whose} tokenizer "
                     f'{tokenizer.name}, whose ids are others; prepare the data again')
-checksums = {name: {file: entry['sha256'] for file, entry in read_meta(name)['files'].items()} for name in names}
+checksums = {name: {file: entry['sha256'] for file, entry in m['files'].items()} for name, m in zip(names, metas)}
 order = TrainingOrder(train_splits, weights, total_batch, seed)
 
 # ---- model and optimizer
