@@ -5,7 +5,7 @@ Minueza-32M, a Mistral-shaped model of 32,792,760 parameters, made to chat in a 
 
 Source: the published configuration of Felladrin/Minueza-32M-Base and the story of its making: learning rate 5e-5, batches
 of 8 * 2048 tokens, nine data sets interleaved, about 650 million tokens. Its attention reaches back 1024 tokens; here it
-reaches over the whole block. No loss was published.
+reaches over the whole block. No loss was published; schedule, warm-up, weight decay and betas are this recipe's own.
 
 Needs the data sets, prepared with Mistral's tokenizer and two ChatML tokens (32,002); SentencePiece and their recipes
 are still to come. `dataset` then names them with their weights, as in 'a:0.7 b:0.3'.

@@ -5,6 +5,7 @@ Minueza-32M, third part: direct preference optimization (Rafailov et al. 2023).
 
 Source: the story of its making: learning rate 7.5e-7, batches of 6 * 2048 tokens, 200 steps, repeated several times with
 the interleaved data sets shuffled anew.
+The schedule, warm-up, weight decay and betas are this recipe's own.
 Needs stage='dpo', which is still to come, and the model that config/minueza32m_sft.py trains.
 """
 stage = 'dpo'

@@ -4,6 +4,7 @@ Minueza-32M, second part: supervised fine-tuning on conversations in ChatML.
     python train.py config/minueza32m_sft.py
 
 Source: the story of its making: learning rate 2e-5, batches of 24 * 2048 tokens, ChatML data sets interleaved.
+The schedule, warm-up, weight decay and betas are this recipe's own, as is the number of steps.
 Needs stage='sft', which is still to come, and the base model that config/minueza32m_base.py trains.
 """
 stage = 'sft'
