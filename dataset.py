@@ -9,17 +9,18 @@ processes read the same batches.
 
 import collections
 import concurrent.futures
+import functools
 import hashlib
 import itertools
 import json
 import os
 
 import numpy as np
-import torch
 
 from configurator import UserError
+from tokenizer import load_tokenizer, tokenizer_from_state
 
-CHECKSUM_LIMIT = 256 * 2**20  # bytes; larger files are checked by their size, and by their ids as they are read
+CHECKSUM_LIMIT = 256 * 2**20  # bytes; larger splits are checked by their size, and by their ids as they are read
 MIX_PERIOD = 4096  # steps after which a mixture's rounding repeats
 
 
@@ -52,6 +53,25 @@ def read_meta(name):
     return meta
 
 
+def read_tokenizer(name, meta):
+    """The tokenizer of a data set: the one that lies beside the token files, or else the one of that name."""
+    if 'file' not in meta['tokenizer']:
+        return load_tokenizer(meta['tokenizer']['name'])
+    path = os.path.join(folder_of(name), meta['tokenizer']['file'])
+    try:
+        with open(path, encoding='utf-8') as f:
+            return tokenizer_from_state(json.load(f))
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f'{path} cannot be read, though meta.json names it ({type(e).__name__}); prepare the data '
+                        'again') from None
+
+
+@functools.lru_cache(maxsize=256)  # each open file is one of the few that a process may have
+def open_tokens(path, dtype):
+    """A token file, or the mask beside one, as an array on disk."""
+    return np.memmap(path, dtype, 'r')
+
+
 class Split:
     """One split of a data set ('train' or 'val') as windows; `stride` is the distance between their starts, tokens."""
 
@@ -72,12 +92,15 @@ class Split:
         self.n_bytes = sum(entry['bytes'] for entry in entries.values())  # of text
         if not self.n_tokens:
             raise UserError(f"{folder} has no '{split}' split; prepare it with --val_fraction above 0 and below 1")
-        self.files, self.masks, counts = [], [], []
+        self.dtype = np.dtype(meta['dtype']).newbyteorder('<')
+        self.files, self.masks, self.lengths, counts = [], [], [], []
+        hashes = self.n_tokens * self.dtype.itemsize <= CHECKSUM_LIMIT
         for file, entry in entries.items():
             if entry['tokens'] > block_size:
-                self.files.append(_open(os.path.join(folder, file), entry, meta))
+                self.files.append(_check(os.path.join(folder, file), entry, meta, hashes))
                 mask = entry.get('mask')  # beside the tokens, a byte each: 0 = never a target
-                self.masks.append(mask and np.memmap(os.path.join(folder, mask), np.uint8, 'r', shape=entry['tokens']))
+                self.masks.append(mask and os.path.join(folder, mask))
+                self.lengths.append(entry['tokens'])
                 spare = entry['tokens'] - block_size - 1 - self._reach(entry['tokens'])
                 counts.append(spare // self.stride + 1 + (self.stride < block_size and spare % self.stride > 0))
         if not counts:
@@ -94,7 +117,7 @@ class Split:
     def window(self, k, offset=0.0):
         """Window k → inputs (block_size,) and targets (block_size,), int64; the grid moved by `offset` in [0, 1)."""
         f = int(np.searchsorted(self.ends, k, side='right'))
-        tokens, mask = self.files[f], self.masks[f]
+        tokens = open_tokens(self.files[f], self.dtype)
         first = k - (self.ends[f - 1] if f else 0)
         start = int(first) * self.stride + int(offset * (self._reach(len(tokens)) + 1))
         start = min(start, len(tokens) - self.block_size - 1)
@@ -103,32 +126,33 @@ class Split:
             raise UserError(f'{tokens.filename}: id {ids.max()} is beyond vocab_size {self.vocab_size}; '
                             'prepare the data again')
         targets = ids[1:].copy()
-        if mask is not None:
+        if self.masks[f]:
+            mask = open_tokens(self.masks[f], np.uint8)
             targets[mask[start + 1:start + self.block_size + 1] == 0] = -1
         return ids[:-1], targets
 
 
-def _open(path, entry, meta):
-    """A token file as an array on disk, after checking it against its manifest entry."""
-    dtype = np.dtype(meta['dtype']).newbyteorder('<')
+def _check(path, entry, meta, hashes):
+    """Checks a token file against its manifest entry, its content too if `hashes`; returns the path."""
+    itemsize = np.dtype(meta['dtype']).itemsize
     if not os.path.isfile(path):
         raise UserError(f'{path} is missing, though meta.json names it; prepare the data again')
-    size, expected = os.path.getsize(path), entry['tokens'] * dtype.itemsize
+    size, expected = os.path.getsize(path), entry['tokens'] * itemsize
     if size != expected:
         raise UserError(f"{path} has {size} bytes, but meta.json says {entry['tokens']} tokens, which is {expected} bytes; "
                         'prepare the data again')
     if entry['max_id'] >= meta['vocab_size']:
         raise UserError(f"{path}: id {entry['max_id']} is beyond vocab_size {meta['vocab_size']}; prepare the data again")
-    if size <= CHECKSUM_LIMIT:
+    if hashes:
         with open(path, 'rb') as f:
             found = hashlib.sha256(f.read()).hexdigest()
         if found != entry['sha256']:
             raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {str(entry['sha256'])[:12]}; "
                             'prepare the data again')
-    return np.memmap(path, dtype, 'r')
+    return path
 
 
-def hash_numbers(*numbers):
+def hash_ints(*numbers):
     """Whole numbers → one pseudo-random number below 2**64, the same everywhere (SplitMix64, Steele et al. 2014)."""
     h = 0
     for n in numbers:
@@ -147,11 +171,11 @@ def permute(k, n, key):
     """
     half = max((n - 1).bit_length() + 1, 2) // 2
     low = (1 << half) - 1
-    keys = [hash_numbers(key, i) for i in range(6)]
+    keys = [hash_ints(key, i) for i in range(6)]
     while True:
         left, right = k >> half, k & low
         for round_key in keys:
-            left, right = right, left ^ (hash_numbers(round_key, right) & low)
+            left, right = right, left ^ (hash_ints(round_key, right) & low)
         k = left << half | right
         if k < n:
             return k
@@ -180,7 +204,7 @@ class TrainingOrder:
             source += 1
         sample = periods * int(self.used[-1][source]) + int(self.used[step][source]) + int(position)
         epoch, k = divmod(sample, self.splits[source].n_windows)
-        key = hash_numbers(self.seed, source, epoch)
+        key = hash_ints(self.seed, source, epoch)
         return source, permute(k, self.splits[source].n_windows, key), (key % 2**32 / 2**32 if epoch else 0.0)
 
     def batch(self, step, positions):
@@ -189,7 +213,7 @@ class TrainingOrder:
         for position in positions:
             source, k, offset = self.locate(step, position)
             windows.append(self.splits[source].window(k, offset))
-        return tuple(torch.from_numpy(np.stack(part)) for part in zip(*windows))
+        return tuple(np.stack(part) for part in zip(*windows))
 
     def epochs(self, step):
         """How often each source has been read when `step` steps are done."""
@@ -197,7 +221,7 @@ class TrainingOrder:
         return [n / split.n_windows for n, split in zip(used, self.splits)]
 
 
-def parse_mixture(dataset):
+def parse_mix(dataset):
     """'a:0.7 b:0.3' → (['a', 'b'], [0.7, 0.3]), the weights scaled to add up to 1; without a weight it is 1."""
     if ',' in dataset:
         raise UserError(f"dataset='{dataset}': the parts of a mixture are separated by blanks: 'a:0.7 b:0.3'")
@@ -216,7 +240,7 @@ def parse_mixture(dataset):
     return names, [w / sum(weights) for w in weights]
 
 
-def validation_batches(split, n_windows, batch_size, rank, world_size):
+def val_batches(split, n_windows, batch_size, rank, world_size):
     """
     The same windows at every evaluation: `n_windows` (or all there are), evenly spaced over the split, every
     `world_size`-th for this rank. The last batch is filled up with targets of -1, so that all have one shape.
@@ -226,7 +250,7 @@ def validation_batches(split, n_windows, batch_size, rank, world_size):
     for i in range(0, len(mine), batch_size):
         pairs = [split.window(k) for k in mine[i:i + batch_size]]
         pairs += [(np.zeros_like(pairs[0][0]), np.full_like(pairs[0][1], -1))] * (batch_size - len(pairs))
-        yield tuple(torch.from_numpy(np.stack(part)) for part in zip(*pairs))
+        yield tuple(np.stack(part) for part in zip(*pairs))
 
 
 def read_ahead(load, steps, depth=2):

@@ -1,278 +1,400 @@
 """
-Prepares text for training: documents → token ids in data/<name>/train.bin and val.bin, and a manifest, meta.json.
+Prepares text for training: documents → token ids in data/<name>/train*.bin and val*.bin, and a manifest, meta.json.
 
     python prepare.py data/shakespeare.py                                  # a recipe
     python prepare.py --source=notes/ --tokenizer=gpt2 --name=mine         # your own text
-    python prepare.py --source=dump.jsonl --text_field=body --name=dump
+    python prepare.py --source=dump.jsonl.gz --text_field=body --tokenizer=bpe:8192 --name=dump
+    python prepare.py --source=hf:HuggingFaceFW/fineweb-edu --subset=sample-10BT --tokenizer=gpt2 --name=edu
+    python prepare.py --inspect=data/mine                                  # what is in it, and whether it is whole
+    python prepare.py --adopt=../nanoGPT/data/openwebtext --tokenizer=gpt2 # nanoGPT's own files
 
-A source is a text file, a folder of them, or .jsonl with a text in each line. Every file, and every line of .jsonl, is
-a document; documents are separated by the end-of-text id. Whether one goes to validation is decided by a hash of its
-text. A text of one document (or so few that the hash picks none) is split by position: its end is validation.
+Whether a document goes to validation is decided by a hash of its text, so that it stays there whatever is added. A text
+of one document (or so few that the hash picks none) is split by position: its end is validation.
+
+What a kill leaves unfinished is taken up by the same command, and the result does not depend on the number of workers
+(see shards.py). All of it is in data/<name>.unfinished/ until it is complete.
 """
 
 from configurator import UserError, configure
 
-# ---- settings
-source = ''  # a text file, a folder, a .jsonl file, or the http(s) address of one file
-name = ''  # the data set's name: files go to data/<name>/
-tokenizer = 'bytes'  # bytes, or a tiktoken encoding such as gpt2
-val_fraction = 0.1  # share of the documents (or, of a single document, of its tokens) kept for validation; 0 keeps none
-include = '*.txt *.md *.jsonl'  # in a folder: the files to read, patterns separated by blanks
+# ---- the text
+source = ''  # a text file, .jsonl or Parquet file, a folder of them, an http(s) address of one, or hf:ORGANISATION/DATASET
+include = '*.txt *.md *.jsonl *.jsonl.gz *.jsonl.zst *.parquet'  # in a folder: the files to read, patterns separated by blanks
 exclude = ''  # in a folder: names of files and folders to pass over, patterns separated by blanks
-text_field = 'text'  # the field of a .jsonl line that holds the text
-note = ''  # a sentence about the data that goes into the manifest
-overwrite = False  # replace a data set of the same name
+text_field = 'text'  # the field of a .jsonl line, or the column of Parquet or of a data set on the hub, that holds the text
+separator = ''  # what stands between two documents of a text file, line ends around it aside; '' = a file is a document
+subset = ''  # hf: the configuration, such as sample-10BT; '' = the only one
+split = 'train'  # hf: the split that is read; training and validation are both made from it
+revision = ''  # hf: a commit or branch; '' = the latest
+skip_broken = False  # pass over lines that are not JSON or have no text, and count them, instead of stopping
 allow_network = True  # False refuses sources that would have to be fetched
+# ---- the tokens
+tokenizer = 'bytes'  # bytes, a tiktoken encoding such as gpt2, bpe:SIZE to train one on the text, the path of a
+                     # tokenizer.json or SentencePiece model or of a folder with one, or a Hugging Face id
+eot_token = ''  # ends each document; '' = the tokenizer's own end-of-text
+special_tokens = '<|endoftext|>'  # bpe: the special tokens it gets, separated by blanks
+bpe_bytes = 1_000_000_000  # bpe: it is trained on the first so many bytes of the training documents
+parse_special = False  # True: a special token spelled in the text becomes its id; False: it is text like any other
+# ---- the data set
+name = ''  # the data set's name: files go to data/<name>/
+val_fraction = 0.1  # share of the documents (or, of a single document, of its tokens) kept for validation; 0 keeps none
+deduplicate = False  # keep only one of several documents with the same text
+min_bytes = 0  # leave out documents with fewer bytes of text
+max_bytes = 0  # leave out documents with more; 0 = any
+shard_tokens = 100_000_000  # tokens in a file, about; a document longer than that makes its file longer
+seed = 1337  # of the documents' order
+note = ''  # a sentence about the data that goes into the manifest
+# ---- the work
+num_workers = 0  # processes; 0 = one for each CPU core
+overwrite = False  # replace a data set of the same name, or one that was begun with other settings
+inspect = ''  # instead of preparing: print and check the data set of this name or folder
+adopt = ''  # instead of preparing: a folder with nanoGPT's train.bin and val.bin, to be used as they are
 # ----
 config = configure(globals())
 
-import codecs
-import fnmatch
+import errno
 import hashlib
-import http.client
-import itertools
 import json
 import os
+import random
 import re
 import shutil
-import tempfile
-import time
-import urllib.parse
-import urllib.request
 
 import numpy as np
 
-from dataset import folder_of
-from tokenizer import load_tokenizer
+import shards
+import sources
+from dataset import folder_of, read_meta, read_tokenizer
+from shards import read_json, write_whole
+from tokenizer import STATE_FILE, HuggingFaceTokenizer, load_tokenizer, train_bpe
 
-CHUNK = 2**20  # characters (or bytes) held in memory at a time
-
-
-class CountingReplacer:
-    """A codec error handler: bytes that are not UTF-8 become U+FFFD, and are counted."""
-    count = 0
-
-    def __call__(self, error):
-        self.count += 1
-        return '\ufffd', error.end
+OF_THE_WORK = ('name', 'note', 'num_workers', 'overwrite', 'allow_network', 'inspect', 'adopt')  # settings not of the result
 
 
-def find_files(source):
-    """The files that `source` stands for, sorted, as (path, name to record)."""
-    if os.path.isfile(source):
-        return [(source, os.path.basename(source))]
-    if not os.path.isdir(source):
-        raise UserError(f"source='{source}' is neither a file nor a folder")
-    found = []
-    for folder, subfolders, files in os.walk(source):
-        subfolders[:] = [f for f in subfolders if not _matches(f, exclude)]
-        found += [os.path.join(folder, f) for f in files if _matches(f, include) and not _matches(f, exclude)]
-    named = [(path, os.path.relpath(path, source).replace(os.sep, '/')) for path in found]
-    return sorted(named, key=lambda item: item[1])
+# ---- the plan: what the result is a function of
+
+def make_plan(files, begun):
+    """The settings and the state of the source, as plain data; `begun`: plans that were made before, or None each."""
+    settings = {key: value for key, value in config.items() if key not in OF_THE_WORK}
+    if source.startswith('hf:'):
+        # the data set that the name stood for when the work began, or stands for now
+        pinned = [plan['source']['revision'] for plan in begun if plan and
+                  all(plan['settings'][key] == settings[key] for key in ('source', 'revision'))]
+        state = {'revision': pinned[0] if pinned else sources.hub_revision(source[3:], revision)}
+    elif files is None:
+        state = {}  # at an address
+    else:
+        each = [(name, os.path.getsize(path), os.stat(path).st_mtime_ns) for path, name in files]
+        state = {'files': len(each), 'bytes': sum(size for _, size, _ in each),
+                 'state': shards.hash_bytes(json.dumps(each).encode()).hex()}
+    trained = tokenizer.startswith('bpe:')
+    return {'settings': settings, 'source': state,
+            'tokenizer': None if trained else load_tokenizer(tokenizer, eot_token).fingerprint()}
 
 
-def _matches(file, patterns):
-    return any(fnmatch.fnmatch(file, pattern) for pattern in patterns.split())
+def read_plan(folder):
+    """The plan of a data set that is finished or was begun in `folder`, or None."""
+    for file in ('plan.json', 'meta.json'):
+        if os.path.isfile(os.path.join(folder, file)):
+            found = read_json(os.path.join(folder, file))
+            return found if file == 'plan.json' else found.get('plan')
+    return None
 
 
-def read_documents(path):
-    """Yields each document of a file as an iterator over pieces of its text."""
-    lines = path.endswith('.jsonl')
-    try:
-        f = open(path, encoding='utf-8-sig', errors='count and replace', newline='\n' if lines else '')
-    except OSError as e:
-        raise UserError(f'{path} cannot be read ({e.strerror}); --exclude passes it over') from None
-    with f:
-        if lines:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    yield iter([_text_of(line, path, number)])
-        else:
-            yield iter(lambda: f.read(CHUNK), '')
+def difference(then, now):
+    """In words, what differs between two plans; '' if nothing does."""
+    if not then:
+        return 'it has no record of how it was made'
+    changed = [f'{key} was {then["settings"].get(key)!r}, is now {value!r}' for key, value in now['settings'].items()
+               if then['settings'].get(key) != value]
+    if changed:
+        return ', '.join(changed)
+    if then['source'] != now['source']:
+        was, now = (f'{plan["source"].get("files", 1):,} files of {plan["source"].get("bytes", 0):,} bytes'
+                    for plan in (then, now))
+        return 'the source has changed' + (f': {was} then, {now} now' if was != now else ', though not in size')
+    return '' if then['tokenizer'] == now['tokenizer'] else f'the tokenizer {tokenizer} is another one now'
 
 
-def _text_of(line, path, number):
-    try:
-        record = json.loads(line)
-    except ValueError as e:
-        raise UserError(f'{path}, line {number}: not JSON ({e})') from None
-    if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-        fields = ', '.join(sorted(record)) if isinstance(record, dict) else 'none: it is no object'
-        raise UserError(f"{path}, line {number} has no text in the field text_field='{text_field}'; its fields are: {fields}")
-    return record[text_field]
+# ---- the work
+
+def train_tokenizer(folder, reader, units):
+    """The tokenizer of 'bpe:SIZE', trained on the beginning of the documents that are not for validation."""
+    size = tokenizer.removeprefix('bpe:')
+    special = special_tokens.split()
+    if not size.isdigit() or int(size) < 257 + len(special):
+        raise UserError(f"tokenizer='{tokenizer}': write bpe:SIZE with a size of at least {257 + len(special)}, which is the "
+                        'bytes, the special tokens and one merge')
+    if '<|endoftext|>' not in special:
+        raise UserError(f"special_tokens='{special_tokens}' must have <|endoftext|> among them, which ends each document")
+    n_bytes = 0
+
+    def texts():
+        nonlocal n_bytes
+        for span in (span for unit in units for span in unit):
+            for doc in reader.documents(span):
+                if not shards.goes_to_val(doc, val_fraction):
+                    for text in doc.pieces:
+                        yield text
+                        n_bytes += len(text.encode('utf-8', 'replace'))
+                        if n_bytes >= bpe_bytes:
+                            return
+
+    print(f'training the tokenizer {tokenizer}', flush=True)
+    text = train_bpe(texts(), int(size), special)
+    tok = HuggingFaceTokenizer(tokenizer, text, json.loads(text)['model']['vocab']['<|endoftext|>'])
+    print(f'trained it on {n_bytes / 1e6:,.1f} MB of text')
+    if tok.vocab_size < int(size):
+        print(f'note: the text gave only {tok.vocab_size:,} tokens of {int(size):,}')
+    write_whole(os.path.join(folder, 'tokenizer.json'), text.encode())
+    return tok
 
 
-def cut_safely(pieces):
-    """
-    Recuts the pieces of a long text where no token crosses: before a blank, or after a single line's end, between two
-    words. No pattern of a byte-level BPE matches across such a place, so that encoding piece by piece gives the ids of
-    the whole. (After eight million characters without one it cuts anywhere.)
-    """
-    held = []
-    for piece in pieces:
-        last = re.match(r'(?s:.*)(?:\S(?= )|\S\n(?=\S))', piece) if len(piece) >= CHUNK else None
-        if last:
-            yield ''.join(held) + piece[:last.end()]
-            held = [piece[last.end():]]
-        else:
-            held.append(piece)
-        if len(held) > 8:
-            yield ''.join(held)
-            held = []
-    yield ''.join(held)
+def prepare(folder, files, plan):
+    """Everything from the settings to the finished files in `folder`; goes on from what it holds already."""
+    os.makedirs(os.path.join(folder, 'parts'), exist_ok=True)
+    write_whole(os.path.join(folder, 'plan.json'), json.dumps(plan, indent=2).encode())
+    reader = {'text_field': text_field, 'separator': separator, 'skip_broken': skip_broken}
+    job = shards.Job(folder, reader, parse_special, val_fraction, deduplicate, min_bytes, max_bytes, shard_tokens, seed)
+    if source.startswith('hf:'):
+        spans = sources.hub_spans(source[3:], subset, split, plan['source']['revision'])
+    else:
+        if files is None:
+            files = [(sources.fetch(source, os.path.join(folder, 'download')), os.path.basename(source))]
+        divisible = tokenizer.startswith('bpe:') or load_tokenizer(tokenizer, eot_token).cut is not None
+        spans = sources.find_spans(files, separator, divisible)
+    units = sources.in_units(spans)
+
+    # the tokenizer lies beside the data, so that nothing else is needed from here on
+    if not os.path.exists(os.path.join(folder, STATE_FILE)):
+        tok = train_tokenizer(folder, sources.Reader(**reader), units) if tokenizer.startswith('bpe:') else \
+            load_tokenizer(tokenizer, eot_token)
+        write_whole(os.path.join(folder, STATE_FILE), json.dumps(tok.state()).encode())
+    tok = job.tokenizer()
+    dtype = shards.token_dtype(tok)
+
+    # first round: documents → parts
+    report_paths = [job.path(f'{i:06d}.json') for i in range(len(units))]
+    reports = {i: read_json(path) for i, path in enumerate(report_paths) if os.path.exists(path)}
+    todo = {i: (job, i, unit) for i, unit in enumerate(units) if i not in reports}
+    if reports and todo:
+        print(f'going on: {len(reports)} of {len(units)} units of the source are encoded already', flush=True)
+    plain = all(span.kind in ('text', 'separated', 'jsonl') and span.end >= 0 for span in spans)
+    total = sum(span.size for i in todo for span in units[i]) if plain else 0
+    reports |= shards.work(shards.encode_unit, todo, num_workers, 'encoding', total)
+    reports = [reports[i] for i in range(len(units))]
+    if not any(report['tokens'] for report in reports):
+        broken = next((f'; {report["first_broken"]}' for report in reports if report['broken']), '')
+        raise UserError(f"source='{source}': no text in {len(files or spans)} files (include='{include}'){broken}")
+
+    # second round: parts → shards
+    parts = [part for report in reports for part in report['parts']]
+    ranges = shards.plan_shards(job, parts)
+    entry_paths = {file: os.path.join(folder, f'{file}.json') for file in ranges}
+    entries = {file: read_json(path) for file, path in entry_paths.items() if os.path.exists(path)}
+    todo = {file: (job, parts, dtype, file, *keys) for file, keys in ranges.items() if file not in entries}
+    entries |= shards.work(shards.write_shard, todo, num_workers, 'shuffling')
+    left_out = {'duplicates': sum(entry.pop('duplicates') for entry in entries.values())}
+    if any(file.startswith('all') for file in ranges):
+        entries = shards.split_by_position(job, list(ranges))
+
+    # the manifest
+    left_out |= {key: sum(report[key] for report in reports) for key in ('too_short', 'too_long', 'broken')}
+    write_sources(folder, reports)
+    meta = manifest(tok, dict(sorted(entries.items())), note) | {
+        'left_out': left_out, 'replaced': sum(report['replaced'] for report in reports), 'plan': plan}
+    write_whole(os.path.join(folder, 'meta.json'), json.dumps(meta, indent=2).encode())
 
 
-def goes_to_validation(beginning):
-    """Whether a document does, by a hash of its first CHUNK characters: for good, whatever else there is."""
-    digest = hashlib.blake2b(beginning[:CHUNK].encode('utf-8', 'replace'), digest_size=8).digest()
-    return int.from_bytes(digest, 'big') / 2**64 < val_fraction
+def manifest(tok, entries, note):
+    return {'dtype': shards.token_dtype(tok).name, 'vocab_size': tok.vocab_size, 'eot_id': tok.eot_id, 'bos_id': tok.bos_id,
+            'tokenizer': {'name': tok.name, 'fingerprint': tok.fingerprint(), 'file': STATE_FILE},
+            'files': entries, 'note': note}
 
 
-class Writer:
-    """Writes one token file and keeps its manifest entry."""
-
-    def __init__(self, path, dtype):
-        self.file, self.dtype, self.sha256 = open(path, 'wb'), dtype, hashlib.sha256()
-        self.entry = {'tokens': 0, 'documents': 0, 'bytes': 0, 'max_id': 0}
-
-    def write(self, ids, n_bytes=0, n_documents=0):
-        """Appends ids, which stand for `n_bytes` of text and end `n_documents`."""
-        if len(ids) == 0:
-            return
-        ids = np.asarray(ids, self.dtype)
-        data = ids.tobytes()
-        self.file.write(data)
-        self.sha256.update(data)
-        self.entry['tokens'] += len(ids)
-        self.entry['documents'] += n_documents
-        self.entry['bytes'] += n_bytes
-        self.entry['max_id'] = max(self.entry['max_id'], int(ids.max()))
-
-    def close(self):
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return {**self.entry, 'sha256': self.sha256.hexdigest()}
+def write_sources(folder, reports):
+    """sources.tsv: the files that were read, with their documents and bytes of text."""
+    found = {}
+    for report in reports:
+        for file, counts in report['files'].items():
+            found[file] = [a + b for a, b in zip(found.get(file, (0, 0)), counts)]
+    rows = [f'{file}\t{documents}\t{n_bytes}\n' for file, (documents, n_bytes) in found.items()]
+    text = ''.join(['file\tdocuments\tbytes\n', *rows])
+    write_whole(os.path.join(folder, 'sources.tsv'), text.encode('utf-8', 'backslashreplace'))
 
 
-def encode_all(files, tok, dtype, folder):
-    """Encodes every document into train.bin or val.bin, and the list of sources beside them; returns the entries."""
-    writers = {split: Writer(os.path.join(folder, f'{split}.bin'), dtype) for split in ('train', 'val')}
-    started = shown = time.time()
-    with open(os.path.join(folder, 'sources.tsv'), 'w', encoding='utf-8', errors='backslashreplace') as sources:
-        sources.write('file\tdocuments\tbytes\n')
-        for path, recorded in files:
-            n_documents = n_bytes = 0
-            for pieces in read_documents(path):
-                beginning = next(pieces, '')
-                if not beginning:
-                    continue
-                writer = writers['val' if goes_to_validation(beginning) else 'train']
-                pieces = itertools.chain([beginning], pieces)
-                for text in pieces if tok.name == 'bytes' else cut_safely(pieces):
-                    size = len(text.encode('utf-8', 'replace'))
-                    writer.write(tok.encode(text), size)
-                    n_bytes += size
-                    if time.time() - shown > 5:
-                        shown = time.time()
-                        read = sum(w.entry['bytes'] for w in writers.values())
-                        print(f'{read / 1e6:,.1f} MB read, {read / 1e6 / (shown - started):.1f} MB/s', flush=True)
-                writer.write([tok.eot_id], n_documents=1)
-                n_documents += 1
-            sources.write(f'{recorded}\t{n_documents}\t{n_bytes}\n')
-    return {split: writer.close() for split, writer in writers.items()}
+def finish(folder, target):
+    """Removes what only the work needed, and gives the folder its name."""
+    files = read_json(os.path.join(folder, 'meta.json'))['files']
+    for entry in os.listdir(folder):
+        path = os.path.join(folder, entry)
+        if os.path.isdir(path):
+            shutil.rmtree(path)
+        elif entry not in {*files, 'meta.json', 'sources.tsv', STATE_FILE, 'tokenizer.json'}:
+            os.remove(path)
+    old = f'{target}.old'
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(target):
+        os.replace(target, old)
+    os.replace(folder, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def split_by_position(folder, entries, tok, dtype):
-    """Where all documents fell to one side: puts them together again and makes the end of the whole validation."""
-    everything = os.path.join(folder, 'everything')
-    os.replace(os.path.join(folder, 'train.bin' if entries['train']['tokens'] else 'val.bin'), everything)
-    n_tokens = os.path.getsize(everything) // np.dtype(dtype).itemsize
-    n_val = round(n_tokens * val_fraction)
-    result = {}
-    with open(everything, 'rb') as f:
-        for split, left in (('train', n_tokens - n_val), ('val', n_val)):
-            writer = Writer(os.path.join(folder, f'{split}.bin'), dtype)
-            while left:
-                ids = np.fromfile(f, dtype, min(left, CHUNK))
-                writer.write(ids, len(tok.decode_bytes(ids.tolist())), int((ids == tok.eot_id).sum()))
-                left -= len(ids)
-            result[split] = writer.close()
-    os.remove(everything)
-    return result
+def summarize(target, meta):
+    left_out = meta.get('left_out', {})
+    for n, what in ((meta.get('replaced'), 'stretches of bytes that are not UTF-8 were replaced by U+FFFD'),
+                    (left_out.get('broken'), 'records that are not JSON or have no text were passed over'),
+                    (left_out.get('duplicates'), 'documents were left out as duplicates'),
+                    (left_out.get('too_short'), f'documents were left out as shorter than min_bytes={min_bytes}'),
+                    (left_out.get('too_long'), f'documents were left out as longer than max_bytes={max_bytes}')):
+        if n:
+            print(f'note: {n:,} {what}')
+    for kind in ('train', 'val'):
+        files = [file for file in meta['files'] if file.startswith(kind)]
+        if files:
+            tokens, documents, n_bytes = (sum(meta['files'][file][key] for file in files)
+                                          for key in ('tokens', 'documents', 'bytes'))
+            what = f'{target}/{files[0]}' if len(files) == 1 else f'{target}/{kind}_*.bin, {len(files)} files'
+            print(f'{what}: {tokens:,} tokens, {documents:,} documents, {n_bytes:,} bytes')
 
 
-def fetch(address, folder):
-    """Downloads one file into `folder` and returns its path."""
-    if not allow_network:
-        raise UserError(f'{address} would have to be fetched from the network')
-    path = os.path.join(folder, os.path.basename(urllib.parse.urlsplit(address).path) or 'download.txt')
-    print(f'fetching {address}', flush=True)
-    try:
-        with urllib.request.urlopen(address, timeout=60) as response, open(path, 'wb') as f:
-            shutil.copyfileobj(response, f)
-            expected = int(response.headers.get('Content-Length', f.tell()))
-            if f.tell() != expected:
-                raise OSError(f'{f.tell()} of {expected} bytes came')
-    except (OSError, http.client.HTTPException) as e:
-        raise UserError(f'source={address} could not be fetched ({e}); with a copy of it at hand, --source=PATH') from None
-    return path
-
-
-def prepare(folder, target):
-    """Everything from the settings to the finished files in `folder`."""
-    tok = load_tokenizer(tokenizer)
-    dtype = '<u2' if tok.vocab_size <= 2**16 else '<u4'
-    where = fetch(source, folder) if re.match('https?://', source) else source
-    files = find_files(where)
-    entries = encode_all(files, tok, dtype, folder)
-    if not any(entry['tokens'] for entry in entries.values()):
-        raise UserError(f"source='{source}': no text in {len(files)} files (include='{include}')")
-    if val_fraction and not all(entry['tokens'] for entry in entries.values()):
-        entries = split_by_position(folder, entries, tok, dtype)
-    for split in [split for split, entry in entries.items() if not entry['tokens']]:
-        os.remove(os.path.join(folder, f'{split}.bin'))
-        del entries[split]
-    if where != source:
-        os.remove(where)
-    meta = {
-        'dtype': 'uint16' if dtype == '<u2' else 'uint32', 'vocab_size': tok.vocab_size, 'eot_id': tok.eot_id,
-        'tokenizer': {'name': tok.name, 'fingerprint': tok.fingerprint()},
-        'files': {f'{split}.bin': entry for split, entry in entries.items()},
-        'note': note, 'settings': {k: v for k, v in config.items() if k not in ('overwrite', 'allow_network')},
-    }
-    with open(os.path.join(folder, 'meta.json'), 'w', encoding='utf-8') as f:
-        json.dump(meta, f, indent=2)
-    if replacer.count:
-        print(f'note: {replacer.count:,} stretches of bytes that are not UTF-8 were replaced by U+FFFD')
-    for file, entry in meta['files'].items():
-        print(f"{target}/{file}: {entry['tokens']:,} tokens, {entry['documents']:,} documents, {entry['bytes']:,} bytes")
-
-
-def main():
+def check_settings():
     if not source or not name:
         raise UserError(f"source='{source}' and name='{name}' must both be given: --source=PATH --name=mine")
     if not re.fullmatch(r'[\w.-]+', name) or name.startswith('.'):
         raise UserError(f"name='{name}' may have letters, digits, '_', '-' and '.' (not first) only: it becomes a folder")
     if not 0 <= val_fraction < 1:
         raise UserError(f'val_fraction={val_fraction} is not within 0 <= val_fraction < 1')
+    for least, *keys in ((0, 'min_bytes', 'max_bytes', 'num_workers', 'seed'), (1, 'shard_tokens', 'bpe_bytes')):
+        for key in keys:
+            if config[key] < least:
+                raise UserError(f'{key}={config[key]} is less than {least}')
+    remote = re.match('https?://', source) or source.startswith('hf:') and not os.path.isdir(source[3:])
+    if remote and not allow_network:
+        raise UserError(f'{source} would have to be fetched from the network')
+
+
+def main():
+    check_settings()
     target = folder_of(name)
+    folder = f'{target}.unfinished'
+    files = None if re.match('https?://|hf:', source) else sources.find_files(source, include, exclude)
+    plan = make_plan(files, [read_plan(folder), read_plan(target)])
     if os.path.exists(target) and not overwrite:
-        raise UserError(f'{target} exists already; --overwrite replaces it, --name chooses another')
-    os.makedirs('data', exist_ok=True)
-    folder = tempfile.mkdtemp(prefix=f'.{name}.', dir='data')  # the files appear only when they are complete
-    os.chmod(folder, 0o755)
-    try:
-        prepare(folder, target)
-        if os.path.exists(target):
-            os.replace(target, folder + '.old')
-        os.replace(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(folder + '.old', ignore_errors=True)
+        changed = difference(read_plan(target), plan)
+        if changed:
+            raise UserError(f'{target} exists already, but {changed}; --overwrite replaces it, --name chooses another')
+        print(f'{target} is there already, made from the same source with the same settings')
+        return summarize(target, read_json(os.path.join(target, 'meta.json')))
+    if os.path.exists(folder):
+        changed = difference(read_plan(folder), plan)
+        if changed and not overwrite:
+            raise UserError(f'{folder} was begun otherwise: {changed}; that command goes on, --overwrite begins anew')
+        if changed:
+            shutil.rmtree(folder)
+    if not os.path.exists(os.path.join(folder, 'meta.json')):
+        try:
+            prepare(folder, files, plan)
+        except UserError:
+            if not any(file.endswith('.ids') for file in os.listdir(os.path.join(folder, 'parts'))):
+                shutil.rmtree(folder)  # there is nothing to go on from
+            raise
+    finish(folder, target)
+    summarize(target, read_json(os.path.join(target, 'meta.json')))
+
+
+# ---- instead of preparing
+
+def inspect_data(which):
+    """Prints what a data set holds, checks every file against the manifest, and shows a piece of its text."""
+    folder = folder_of(which.rstrip('/'))
+    meta = read_meta(folder if os.sep in folder or '/' in folder else which)
+    tok = read_tokenizer(folder, meta)
+    dtype = np.dtype(meta['dtype']).newbyteorder('<')
+    print(f"{folder}: {meta.get('note') or 'no note'}\n"
+          f"tokenizer {meta['tokenizer']['name']}, {meta['vocab_size']:,} ids as {meta['dtype']}, end of text {meta['eot_id']}")
+    print(f"\n{'file':<20} {'tokens':>16} {'documents':>12} {'bytes of text':>16} {'per token':>9}  check")
+    wrong = []
+    for file, entry in meta['files'].items():
+        problem = check_file(os.path.join(folder, file), entry, dtype, meta['vocab_size'])
+        wrong += [problem] * bool(problem)
+        print(f"{file:<20} {entry['tokens']:>16,} {entry['documents']:>12,} {entry['bytes']:>16,} "
+              f"{entry['bytes'] / max(1, entry['tokens']):>9.3f}  {problem or 'ok'}", flush=True)
+    print('\nleft out: ' + (', '.join(f'{n:,} {what}' for what, n in meta.get('left_out', {}).items() if n) or 'nothing'))
+    if wrong:
+        raise UserError(f'{len(wrong)} of {len(meta["files"])} files of {folder} are not as the manifest says; prepare the '
+                        'data again')
+    file = random.choice(list(meta['files']))
+    ids = np.memmap(os.path.join(folder, file), dtype, 'r')
+    start = random.randrange(max(1, len(ids) - 200))
+    print(f'\n{file} from token {start:,} on:\n--------\n{tok.decode(ids[start:start + 200].tolist())}\n--------')
+
+
+def check_file(path, entry, dtype, vocab_size):
+    """What is wrong with a token file, by its manifest entry; '' if nothing is."""
+    if not os.path.isfile(path):
+        return 'missing'
+    if os.path.getsize(path) != entry['tokens'] * dtype.itemsize:
+        return f'has {os.path.getsize(path):,} bytes instead of {entry["tokens"] * dtype.itemsize:,}'
+    max_id, sha256 = 0, hashlib.sha256()
+    with open(path, 'rb') as f:
+        while len(ids := np.fromfile(f, dtype, shards.PART_TOKENS)):
+            max_id = max(max_id, int(ids.max()))
+            sha256.update(ids.tobytes())
+    if sha256.hexdigest() != entry['sha256']:
+        return 'another checksum'
+    return '' if max_id == entry['max_id'] < vocab_size else f'largest id {max_id}, vocabulary {vocab_size}'
+
+
+def adopt_data(origin):
+    """Makes a data set of nanoGPT's train.bin and val.bin: links to them, and a manifest."""
+    data_name = name or os.path.basename(os.path.abspath(origin))
+    target = folder_of(data_name)
+    tok = load_tokenizer(tokenizer, eot_token)
+    files = [file for file in ('train.bin', 'val.bin') if os.path.isfile(os.path.join(origin, file))]
+    if 'train.bin' not in files:
+        raise UserError(f"adopt='{origin}' has no train.bin")
+    if os.path.exists(os.path.join(origin, 'meta.pkl')):
+        raise UserError(f"adopt='{origin}' has a meta.pkl: its ids stand for single characters, which no tokenizer here gives; "
+                        'prepare its text instead, --source=PATH/input.txt')
+    if os.path.exists(os.path.join(target, 'meta.json')) and not overwrite:
+        raise UserError(f'{target} exists already; --overwrite replaces its manifest, --name chooses another')
+    bytes_of, entries = shards.token_bytes(tok), {}
+    for file in files:
+        entry, sha256 = {'tokens': 0, 'documents': 0, 'bytes': 0, 'max_id': 0}, hashlib.sha256()
+        with open(os.path.join(origin, file), 'rb') as f:
+            while len(ids := np.fromfile(f, '<u2', shards.PART_TOKENS)):
+                if ids.max() >= tok.vocab_size:
+                    raise UserError(f"{origin}/{file}: id {ids.max()} is beyond the {tok.vocab_size} of "
+                                    f"tokenizer='{tokenizer}'; name the one that the file was made with")
+                entry = {'tokens': entry['tokens'] + len(ids), 'documents': entry['documents'] + int((ids == tok.eot_id).sum()),
+                         'bytes': entry['bytes'] + int(bytes_of[ids].sum()), 'max_id': max(entry['max_id'], int(ids.max()))}
+                sha256.update(ids.tobytes())
+        entries[file] = {**entry, 'sha256': sha256.hexdigest()}
+    os.makedirs(target, exist_ok=True)
+    for file in files:
+        here, there = os.path.join(target, file), os.path.abspath(os.path.join(origin, file))
+        if not os.path.exists(here):
+            try:
+                os.link(there, here)
+            except OSError:  # another file system
+                os.symlink(there, here)
+    write_whole(os.path.join(target, STATE_FILE), json.dumps(tok.state()).encode())
+    meta = manifest(tok, entries, note or f'adopted from {origin}')
+    write_whole(os.path.join(target, 'meta.json'), json.dumps(meta, indent=2).encode())
+    summarize(target, meta)
 
 
 if __name__ == '__main__':
-    replacer = CountingReplacer()
-    codecs.register_error('count and replace', replacer)
-    main()
+    try:
+        if inspect:
+            inspect_data(inspect)
+        elif adopt:
+            adopt_data(adopt)
+        else:
+            main()
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f'the disk of {os.path.abspath("data")} is full; make room, and the same command goes on from what is '
+                        f'there') from None

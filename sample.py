@@ -62,7 +62,7 @@ device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 model, tokenizer, _ = checkpoints.load_model(checkpoint or os.path.join(out_dir, 'ckpt.pt'))
 model.to(device)
-ids = torch.tensor([tokenizer.encode(text) or [tokenizer.eot_id]], device=device)
+ids = torch.tensor([tokenizer.beginning(text)], device=device)
 for i in range(num_samples):
     generator = torch.Generator(device).manual_seed(seed + i)
     stream = tokenizer.stream()

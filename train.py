@@ -88,11 +88,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from dataset import Split, TrainingOrder, folder_of, hash_numbers, parse_mixture, read_ahead, read_meta, validation_batches
+from dataset import Split, TrainingOrder, folder_of, hash_ints, parse_mix, read_ahead, read_meta, read_tokenizer, val_batches
 from device import autocast, device_name, distributed, peak_flops, pick_device, pick_dtype, synchronize
 from model import ModelConfig, Transformer, generate
 from optim import make_optimizer, make_schedule
-from tokenizer import load_tokenizer, tokenizer_from_state
+from tokenizer import tokenizer_from_state
 
 OF_THE_MACHINE = ('out_dir', 'init_from', 'device', 'compile', 'backend')  # not of the run
 MODEL_SETTINGS = [field.name for field in dataclasses.fields(ModelConfig)]
@@ -167,7 +167,7 @@ def open_data(names):
     """The data sets' manifests (which must share a tokenizer), train splits, and validation splits by name."""
     metas = [read_meta(name) for name in names]
     for name, meta in zip(names, metas):
-        if meta['tokenizer'] != metas[0]['tokenizer']:
+        if meta['tokenizer']['fingerprint'] != metas[0]['tokenizer']['fingerprint']:
             raise UserError(f"dataset='{dataset}': {names[0]} was prepared with tokenizer {metas[0]['tokenizer']['name']}, "
                             f"{name} with {meta['tokenizer']['name']}; a mixture needs one tokenizer")
     has_val = {name: any(file.startswith('val') for file in meta['files']) for name, meta in zip(names, metas)}
@@ -274,8 +274,8 @@ def evaluate():
     losses, bpbs = {}, {}
     for name, split in val_splits.items():
         sums = torch.zeros(2, device=device)  # nats, targets
-        for batch in validation_batches(split, eval_iters * batch_size, batch_size, rank, world_size):
-            x, y = on_device(batch)
+        for batch in val_batches(split, eval_iters * batch_size, batch_size, rank, world_size):
+            x, y = on_device(map(torch.from_numpy, batch))
             with autocast(device, dtype):
                 sums += torch.stack((model(x, y, reduction='sum'), (y >= 0).sum()))
         if ddp:
@@ -296,7 +296,7 @@ def sample():
     if not all(p.isfinite().all() for p in raw_model.parameters()):
         return say('no sample: the weights are no finite numbers any more; lower learning_rate or lengthen warmup_iters')
     raw_model.eval()
-    ids = torch.tensor([tokenizer.encode(sample_prompt) or [tokenizer.eot_id]], device=device)
+    ids = torch.tensor([tokenizer.beginning(sample_prompt)], device=device)
     generator = torch.Generator(device).manual_seed(seed)
     text, stream = sample_prompt, tokenizer.stream()
     with autocast(device, dtype):
@@ -313,7 +313,7 @@ def load_step(it):
     batches = []
     for m in range(micro_steps):
         first = rank * share + m * micro_batch
-        x, y = order.batch(it, range(first, first + micro_batch))
+        x, y = map(torch.from_numpy, order.batch(it, range(first, first + micro_batch)))
         batches.append((x.pin_memory(), y.pin_memory()) if device.startswith('cuda') else (x, y))
     return batches, sum(int((y >= 0).sum()) for _, y in batches)
 
@@ -350,14 +350,14 @@ dtype = pick_dtype(dtype, device)
 total_batch, share, micro_steps = share_batch()
 micro_batch = share // micro_steps
 tokens_per_step = total_batch * block_size
-names, weights = parse_mixture(dataset)
+names, weights = parse_mix(dataset)
 if local_rank == 0:
     prepare_missing(names)
 if ddp:
     dist.barrier()
 metas, train_splits, val_splits = open_data(names)
 meta = metas[0]
-tokenizer = tokenizer_from_state(loaded['tokenizer']) if loaded else load_tokenizer(meta['tokenizer']['name'])
+tokenizer = tokenizer_from_state(loaded['tokenizer']) if loaded else read_tokenizer(names[0], meta)
 if tokenizer.fingerprint() != meta['tokenizer']['fingerprint']:
     whose = f'{loaded_path} was trained with' if loaded else 'here it is now'
     raise UserError(f"data set {names[0]} was prepared with tokenizer {meta['tokenizer']['name']}, but {whose} tokenizer "
@@ -448,7 +448,7 @@ for it in range(first_iter, max_iters + 1):
         dist.all_reduce(n_targets)
     loss = torch.zeros((), device=device)
     for m, batch in enumerate(micro_batches):
-        torch.manual_seed(hash_numbers(seed, it, rank, m))  # of dropout
+        torch.manual_seed(hash_ints(seed, it, rank, m))  # of dropout
         x, y = on_device(batch)
         averages = m == micro_steps - 1  # DDP averages gradients over the processes, once a step
         with contextlib.nullcontext() if averages or not ddp else ddp_model.no_sync(), autocast(device, dtype):

@@ -5,12 +5,11 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from conftest import write_tokens
 
 import dataset
 from configurator import UserError
-from dataset import Split, TrainingOrder, parse_mixture, permute, read_ahead, validation_batches
+from dataset import Split, TrainingOrder, parse_mix, permute, read_ahead, val_batches
 
 
 @pytest.fixture
@@ -99,12 +98,12 @@ def test_a_mixture_is_held_in_every_batch_and_reads_each_source_without_replacem
 
 
 def test_mixtures_are_written_with_weights():
-    assert parse_mixture('a') == (['a'], [1.0])
-    assert parse_mixture('a:0.7 b:0.3') == (['a', 'b'], [0.7, 0.3])
-    assert parse_mixture('a b:3') == (['a', 'b'], [0.25, 0.75])
+    assert parse_mix('a') == (['a'], [1.0])
+    assert parse_mix('a:0.7 b:0.3') == (['a', 'b'], [0.7, 0.3])
+    assert parse_mix('a b:3') == (['a', 'b'], [0.25, 0.75])
     for wrong in ('', 'a:', 'a:x', 'a:0', 'a:-1', 'a:nan', ':1'):
         with pytest.raises(UserError):
-            parse_mixture(wrong)
+            parse_mix(wrong)
 
 
 def test_validation_windows_are_fixed_and_shared_out(counting):
@@ -112,7 +111,7 @@ def test_validation_windows_are_fixed_and_shared_out(counting):
     assert split.n_windows == 10
 
     def starts_of(rank, world_size, n=100):
-        batches = list(validation_batches(split, n, 4, rank, world_size))
+        batches = list(val_batches(split, n, 4, rank, world_size))
         assert all(x.shape == (4, 20) for x, _ in batches)
         return [int(s) for x, y in batches for s, t in zip(x[:, 0], y[:, 0]) if t != -1]
 
@@ -127,7 +126,7 @@ def test_a_mask_turns_targets_off(tmp_path, monkeypatch):
     mask = np.arange(100) % 3 != 0
     write_tokens(tmp_path / 'data' / 'masked', range(100), mask=mask)
     x, y = TrainingOrder([Split('masked', 'train', 9)], [1.0], 5, seed=1).batch(0, range(5))
-    assert torch.equal(y, torch.where((x + 1) % 3 != 0, x + 1, -1))
+    assert np.array_equal(y, np.where((x + 1) % 3 != 0, x + 1, -1))
 
 
 def test_several_files_are_one_split(tmp_path, monkeypatch):

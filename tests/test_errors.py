@@ -151,10 +151,10 @@ def test_sample_refuses(tmp_path, args, words):
     ('--source=none.txt --name=x', "source='none.txt' is neither a file nor a folder"),
     ('--source=empty --name=x', "source='empty': no text in 0 files"), ('--source=blank.txt --name=x', 'no text in 1 files'),
     ('--source=a.jsonl --name=x', "a.jsonl, line 2 has no text in the field text_field='text'; its fields are: body, id"),
-    ('--source=b.jsonl --name=x', 'b.jsonl, line 1: not JSON'), ('--source=c.jsonl --name=x', 'it is no object'),
+    ('--source=b.jsonl --name=x', 'b.jsonl, line 1 is not JSON'), ('--source=c.jsonl --name=x', 'it is no object'),
     ('--source=a.txt --name=x --val_fraction=1', 'val_fraction=1.0 is not within'),
     ('--source=a.txt --name=x --tokenizer=gpt9', "tokenizer='gpt9' is not known"),
-    ('--source=a.txt --name=there', 'there exists already; --overwrite replaces it'),
+    ('--source=a.txt --name=there', 'there exists already, but it has no record of how it was made; --overwrite replaces'),
     ('--source=https://localhost/x.txt --name=x --allow_network=False', 'would have to be fetched'),
     ('--source=http://127.0.0.1:9/x.txt --name=x', 'could not be fetched')])
 def test_prepare_refuses(tmp_path, args, words):

@@ -201,4 +201,4 @@ def test_wandb_gets_the_log_and_its_absence_stops_nothing(place):
 def test_missing_data_with_a_recipe_is_prepared_first(tmp_path):
     text, _ = run('train.py', *TINY, '--dataset=owl', '--max_iters=3', cwd=tmp_path)
     assert 'data/owl is not there yet: preparing it with data/owl.py' in text
-    assert sorted(os.listdir(tmp_path / 'data' / 'owl')) == ['meta.json', 'sources.tsv', 'train.bin']
+    assert sorted(os.listdir(tmp_path / 'data' / 'owl')) == ['meta.json', 'sources.tsv', 'tokenizer.state.json', 'train.bin']
