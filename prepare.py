@@ -150,7 +150,7 @@ def train_tokenizer(folder, reader, units):
     return tok
 
 
-def prepare(folder, files, plan):
+def prepare(folder, files, plan, workers):
     """Everything from the settings to the finished files in `folder`; goes on from what it holds already."""
     os.makedirs(os.path.join(folder, 'parts'), exist_ok=True)
     write_whole(os.path.join(folder, 'plan.json'), json.dumps(plan, indent=2).encode())
@@ -163,7 +163,7 @@ def prepare(folder, files, plan):
             files = [(sources.fetch(source, os.path.join(folder, 'download')), os.path.basename(source))]
         divisible = tokenizer.startswith('bpe:') or load_tokenizer(tokenizer, eot_token).cut is not None
         spans = sources.find_spans(files, separator, divisible)
-    units = sources.in_units(spans)
+    units = sources.in_units(spans, sources.span_size(files or []))
 
     # the tokenizer lies beside the data, so that nothing else is needed from here on
     if not os.path.exists(os.path.join(folder, STATE_FILE)):
@@ -181,7 +181,7 @@ def prepare(folder, files, plan):
         print(f'going on: {len(reports)} of {len(units)} units of the source are encoded already', flush=True)
     plain = all(span.kind in ('text', 'separated', 'jsonl') and span.end >= 0 for span in spans)
     total = sum(span.size for i in todo for span in units[i]) if plain else 0
-    reports |= shards.work(shards.encode_unit, todo, num_workers, 'encoding', total)
+    reports |= workers.run(shards.encode_unit, todo, 'encoding', total)
     reports = [reports[i] for i in range(len(units))]
     if not any(report['tokens'] for report in reports):
         broken = next((f'; {report["first_broken"]}' for report in reports if report['broken']), '')
@@ -193,7 +193,7 @@ def prepare(folder, files, plan):
     entry_paths = {file: os.path.join(folder, f'{file}.json') for file in ranges}
     entries = {file: read_json(path) for file, path in entry_paths.items() if os.path.exists(path)}
     todo = {file: (job, parts, dtype, file, *keys) for file, keys in ranges.items() if file not in entries}
-    entries |= shards.work(shards.write_shard, todo, num_workers, 'shuffling')
+    entries |= workers.run(shards.write_shard, todo, 'shuffling')
     left_out = {'duplicates': sum(entry.pop('duplicates') for entry in entries.values())}
     if any(file.startswith('all') for file in ranges):
         entries = shards.split_by_position(job, list(ranges))
@@ -294,7 +294,8 @@ def main():
             shutil.rmtree(folder)
     if not os.path.exists(os.path.join(folder, 'meta.json')):
         try:
-            prepare(folder, files, plan)
+            with shards.Workers(num_workers) as workers:
+                prepare(folder, files, plan, workers)
         except UserError:
             if not any(file.endswith('.ids') for file in os.listdir(os.path.join(folder, 'parts'))):
                 shutil.rmtree(folder)  # there is nothing to go on from

@@ -12,6 +12,7 @@ on which process does what: the result is a function of the documents and the se
 
 import bisect
 import concurrent.futures
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -52,10 +53,16 @@ class Job(NamedTuple):
     seed: int
 
     def tokenizer(self):
-        return tokenizer_from_state(read_json(os.path.join(self.folder, STATE_FILE)))
+        return read_tokenizer(os.path.join(self.folder, STATE_FILE))
 
     def path(self, part):
         return os.path.join(self.folder, 'parts', part)
+
+
+@functools.lru_cache(maxsize=1)
+def read_tokenizer(path):
+    """A tokenizer from its state, made once in a process."""
+    return tokenizer_from_state(read_json(path))
 
 
 # ---- the first round: a unit of work is a few spans, and gives one or more parts
@@ -263,20 +270,35 @@ def token_bytes(tok):
 encoded = multiprocessing.get_context('spawn').Value('q', 0)  # bytes of text, by all processes
 
 
-def work(function, tasks, num_workers, what, total_bytes=0):
-    """{key: function(*task)} for all `tasks`, {key: task}, by `num_workers` processes (0: one for each core)."""
-    n = min(num_workers or usable_cores(), len(tasks))
-    progress, results = Progress(what, len(tasks), total_bytes), {}
-    if n <= 1:
-        for key, task in tasks.items():
-            results[key] = function(*task)
-            progress.show(len(results))
-        return results
-    # spawn is what every platform has, and no lock is inherited in the middle of something
-    context = multiprocessing.get_context('spawn')
-    with concurrent.futures.ProcessPoolExecutor(n, context, start_worker, (encoded,)) as pool:
+class Workers:
+    """A pool of `num_workers` processes (0: one for each core), started when there is something to share."""
+
+    def __init__(self, num_workers):
+        self.n, self.pool = num_workers or usable_cores(), None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.pool:
+            if kind:  # an interrupt, too: nobody waits for what the others are still doing
+                for process in multiprocessing.active_children():
+                    process.terminate()
+            self.pool.shutdown(cancel_futures=True)
+
+    def run(self, function, tasks, what, total_bytes=0):
+        """{key: function(*task)} for all `tasks`, {key: task}. `what` it is, and how many bytes of text, for the progress."""
+        progress, results = Progress(what, len(tasks), total_bytes), {}
+        if self.n == 1 or len(tasks) <= 1:
+            for key, task in tasks.items():
+                results[key] = function(*task)
+                progress.show(len(results))
+            return results
+        if self.pool is None:  # spawn is what every platform has, and no lock is inherited in the middle of something
+            context = multiprocessing.get_context('spawn')
+            self.pool = concurrent.futures.ProcessPoolExecutor(min(self.n, len(tasks)), context, start_worker, (encoded,))
         try:
-            waiting = {pool.submit(function, *task): key for key, task in tasks.items()}
+            waiting = {self.pool.submit(function, *task): key for key, task in tasks.items()}
             while waiting:
                 done, _ = concurrent.futures.wait(waiting, progress.interval, concurrent.futures.FIRST_COMPLETED)
                 results |= {waiting.pop(future): future.result() for future in done}
@@ -284,11 +306,7 @@ def work(function, tasks, num_workers, what, total_bytes=0):
         except concurrent.futures.process.BrokenProcessPool:
             raise UserError('a worker process was killed, perhaps for want of memory; the same command goes on from what is '
                             'done, with a smaller --num_workers if need be') from None
-        except BaseException:  # an interrupt, too: nobody waits for what the others are still doing
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-    return results
+        return results
 
 
 def usable_cores():

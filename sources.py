@@ -28,7 +28,7 @@ from typing import NamedTuple
 from configurator import UserError
 
 CHUNK = 2**20  # bytes (or characters) read at a time
-SPAN = 2**26  # bytes of a file that make a span
+SPAN = 2**26  # bytes of a file that make a span, at most; in a small source a 16th of that, so that all workers get some
 COMPRESSED = ('.gz', '.zst')
 
 
@@ -82,17 +82,17 @@ def find_spans(files, separator, divisible):
     The spans of `files`, in order. `separator` parts the documents of a text file ('' = the file is one); `divisible`
     says whether the tokenizer allows a single text to be cut.
     """
-    spans = []
+    spans, most = [], span_size(files)
     for path, name in files:
         kind = _kind(path, separator)
         if kind == 'parquet':
-            bounds, sizes = _row_groups(path)
+            bounds, sizes = _row_groups(path, most)
         else:
             size = os.path.getsize(path)
             # a separator that can overlap itself, such as two line ends, is found rightly only from the beginning
             whole = (kind == 'text' and not divisible or
                      kind == 'separated' and any(separator.startswith(separator[i:]) for i in range(1, len(separator))))
-            bounds = [0, size] if whole else [*range(0, max(1, size - SPAN // 2), SPAN), size]
+            bounds = [0, size] if whole else [*range(0, max(1, size - most // 2), most), size]
             sizes = [end - start for start, end in zip(bounds, bounds[1:])]
             if path.endswith(COMPRESSED):
                 bounds, sizes = [0, -1], [size]
@@ -101,15 +101,20 @@ def find_spans(files, separator, divisible):
     return spans
 
 
-def in_units(spans):
-    """Spans put together into units of work of about SPAN bytes; shards of the hub alone."""
+def span_size(files):
+    """Bytes of a span, by the size of the source."""
+    return min(SPAN, max(SPAN // 16, sum(os.path.getsize(path) for path, _ in files) // 256))
+
+
+def in_units(spans, most):
+    """Spans put together into units of work of at most `most` bytes, or one span; shards of the hub alone."""
     units, size = [], 0
     for span in spans:
-        if not units or size + span.size > SPAN:
+        if not units or size + span.size > most:
             units.append([])
             size = 0
         units[-1].append(span)
-        size += span.size if span.kind != 'hub' else SPAN + 1
+        size += span.size if span.kind != 'hub' else most + 1
     return units
 
 
@@ -153,12 +158,12 @@ def _parquet(path):
         raise UserError(f'{path} is not a Parquet file that can be read ({str(e).splitlines()[0][:100]})') from None
 
 
-def _row_groups(path):
+def _row_groups(path, most):
     """The first row group of each span of a Parquet file, and the end; and the spans' bytes."""
     with _parquet(path) as file:
         bounds, sizes = [0], [0]
         for i in range(file.num_row_groups):
-            if sizes[-1] >= SPAN:
+            if sizes[-1] >= most:
                 bounds.append(i)
                 sizes.append(0)
             sizes[-1] += file.metadata.row_group(i).total_byte_size

@@ -1,13 +1,12 @@
 """
 GPT-2 small, 124,439,808 parameters, on OpenWebText, as nanoGPT reproduced it.
 
+    python prepare.py data/openwebtext.py
     torchrun --nproc_per_node=8 train.py config/gpt2.py
 
 Source: Radford et al. 2019 (the model); nanoGPT's config/train_gpt2.py (the run: half a million tokens a step, 600,000
 steps, about 4 days on 8 A100s). It should reach a validation loss of about 2.85. nanoGPT leaves out GPT-2's biases and
 pads the vocabulary, which --bias=False --vocab_size=50304 does here too.
-
-Needs data/openwebtext, prepared with tokenizer='gpt2'; its recipe is still to come.
 """
 out_dir = 'out/gpt2'
 dataset = 'openwebtext'

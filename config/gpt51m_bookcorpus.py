@@ -1,14 +1,13 @@
 """
 A GPT-2 of 51,008,512 parameters (50.98M without positions) on BookCorpus: under a day on one V100, $50.
 
+    python prepare.py data/bookcorpus.py
     python train.py config/gpt51m_bookcorpus.py
 
 Source: a write-up that took its size from Chinchilla's law (Hoffmann et al. 2022): 320 PFLOPs buy 50M parameters on 1.1B
 tokens. AdamW at 5e-4, weight decay 0.01, batches of 224 * 64, fp16. It publishes no usable loss (a "perplexity of 0.83"
 cannot be: 1 is the least, and padding was trained on); the recipe is what can be reproduced. Schedule, warm-up and betas
 are not among the published facts at hand; those below are this recipe's own.
-
-Needs data/bookcorpus with a byte-level BPE of 50,304 trained on it; training one is still to come.
 """
 out_dir = 'out/gpt51m'
 dataset = 'bookcorpus'

@@ -1,6 +1,7 @@
 """
 LlamaCraft, a Llama of 437,584,896 parameters on FineWeb-Edu.
 
+    python prepare.py data/fineweb_edu.py --tokenizer=NousResearch/Llama-2-7b-hf --val_fraction=0.1 --name=fineweb_edu_llama2
     torchrun --nproc_per_node=8 train.py config/llamacraft437m.py
 
 Source: its write-up and repository: Llama-2's shape and tokenizer (32,000), rows packed without padding, a 90/10 split,
@@ -8,10 +9,10 @@ micro-batches of 8 * 1024 accumulated 64 times, learning rate 1e-3 with 1000 ste
 steps planned. No finished loss was published. It used 8-bit AdamW from bitsandbytes, which is still to come here;
 AdamW in 32 bits takes 2.6 GB more.
 
-Needs data/fineweb_edu, prepared with Llama-2's tokenizer and val_fraction=0.1; its recipe is still to come.
+The tokenizer is Llama-2's, from a copy that needs no licence to be accepted first.
 """
 out_dir = 'out/llamacraft437m'
-dataset = 'fineweb_edu'
+dataset = 'fineweb_edu_llama2'
 sample_prompt = 'The history of science'
 sample_interval = 2000
 eval_interval = 1000

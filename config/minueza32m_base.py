@@ -7,8 +7,8 @@ Source: the published configuration of Felladrin/Minueza-32M-Base and the story 
 of 8 * 2048 tokens, nine data sets interleaved, about 650 million tokens. Its attention reaches back 1024 tokens; here it
 reaches over the whole block. No loss was published; schedule, warm-up, weight decay and betas are this recipe's own.
 
-Needs the data sets, prepared with Mistral's tokenizer and two ChatML tokens (32,002); SentencePiece and their recipes
-are still to come. `dataset` then names them with their weights, as in 'a:0.7 b:0.3'.
+Needs the data sets, each prepared with Mistral's tokenizer.model; `dataset` then names them with their weights, as in
+'a:0.7 b:0.3'. The vocabulary has room for the two tokens of ChatML that the second part adds.
 """
 out_dir = 'out/minueza32m_base'
 dataset = 'minueza_base'

@@ -1,6 +1,7 @@
 """
 SmolLM2-135M's shape, 134,515,008 parameters, on Cosmopedia-v2: 14 hours on one A10G spot instance, $4.73.
 
+    python prepare.py data/cosmopedia.py
     python train.py config/smollm135m.py
 
 Source: the official training configuration of SmolLM2-135M (the shape, init_std 1/24) and a write-up that trained it from
@@ -11,8 +12,6 @@ nothing: 1,212,465,152 tokens in 37,000 steps of 32,768, with a validation-free 
 
 It samples the same prompt at each of these. Here the schedule is the official run's warm-up, stable, decay, with the
 decay over the last 20%; --schedule=cosine --min_lr=1.5e-5 comes closer to the write-up's.
-
-Needs data/cosmopedia, prepared with HuggingFaceTB/cosmo2-tokenizer (49,152); its recipe is still to come.
 """
 out_dir = 'out/smollm135m'
 dataset = 'cosmopedia'
