@@ -66,14 +66,15 @@ import shards
 import sources
 from dataset import folder_of, read_meta, read_tokenizer
 from shards import read_json, write_whole
-from tokenizer import STATE_FILE, HuggingFaceTokenizer, load_tokenizer, train_bpe
+from tokenizer import BEFORE_WORD, STATE_FILE, HuggingFaceTokenizer, load_tokenizer, train_bpe
 
 OF_THE_WORK = ('name', 'note', 'num_workers', 'overwrite', 'allow_network', 'inspect', 'adopt')  # settings not of the result
+VERSION = 1  # of how a source is divided and its documents are ordered: what one began, another cannot finish
 
 
 # ---- the plan: what the result is a function of
 
-def make_plan(files, begun):
+def make_plan(files, tok, begun):
     """The settings and the state of the source, as plain data; `begun`: plans that were made before, or None each."""
     settings = {key: value for key, value in config.items() if key not in OF_THE_WORK}
     if source.startswith('hf:'):
@@ -87,9 +88,7 @@ def make_plan(files, begun):
         each = [(name, os.path.getsize(path), os.stat(path).st_mtime_ns) for path, name in files]
         state = {'files': len(each), 'bytes': sum(size for _, size, _ in each),
                  'state': shards.hash_bytes(json.dumps(each).encode()).hex()}
-    trained = tokenizer.startswith('bpe:')
-    return {'settings': settings, 'source': state,
-            'tokenizer': None if trained else load_tokenizer(tokenizer, eot_token).fingerprint()}
+    return {'version': VERSION, 'settings': settings, 'source': state, 'tokenizer': tok and tok.fingerprint()}
 
 
 def read_plan(folder):
@@ -103,8 +102,8 @@ def read_plan(folder):
 
 def difference(then, now):
     """In words, what differs between two plans; '' if nothing does."""
-    if not then:
-        return 'it has no record of how it was made'
+    if not then or then.get('version') != now['version']:
+        return 'it was made by another version of prepare.py' if then else 'it has no record of how it was made'
     changed = [f'{key} was {then["settings"].get(key)!r}, is now {value!r}' for key, value in now['settings'].items()
                if then['settings'].get(key) != value]
     if changed:
@@ -150,8 +149,12 @@ def train_tokenizer(folder, reader, units):
     return tok
 
 
-def prepare(folder, files, plan, workers):
-    """Everything from the settings to the finished files in `folder`; goes on from what it holds already."""
+def prepare(folder, files, tok, plan, workers):
+    """
+    Everything from the settings to the finished files in `folder`; goes on from what it holds already.
+
+    `files`: of the source, None if it is in the network; `tok`: the tokenizer, None if it is to be trained.
+    """
     os.makedirs(os.path.join(folder, 'parts'), exist_ok=True)
     write_whole(os.path.join(folder, 'plan.json'), json.dumps(plan, indent=2).encode())
     reader = {'text_field': text_field, 'separator': separator, 'skip_broken': skip_broken}
@@ -161,14 +164,12 @@ def prepare(folder, files, plan, workers):
     else:
         if files is None:
             files = [(sources.fetch(source, os.path.join(folder, 'download')), os.path.basename(source))]
-        divisible = tokenizer.startswith('bpe:') or load_tokenizer(tokenizer, eot_token).cut is not None
-        spans = sources.find_spans(files, separator, divisible)
+        spans = sources.find_spans(files, separator, divisible=not tok or tok.cut is not None)
     units = sources.in_units(spans, sources.span_size(files or []))
 
     # the tokenizer lies beside the data, so that nothing else is needed from here on
     if not os.path.exists(os.path.join(folder, STATE_FILE)):
-        tok = train_tokenizer(folder, sources.Reader(**reader), units) if tokenizer.startswith('bpe:') else \
-            load_tokenizer(tokenizer, eot_token)
+        tok = tok or train_tokenizer(folder, sources.Reader(cut=BEFORE_WORD, **reader), units)
         write_whole(os.path.join(folder, STATE_FILE), json.dumps(tok.state()).encode())
     tok = job.tokenizer()
     dtype = shards.token_dtype(tok)
@@ -192,7 +193,7 @@ def prepare(folder, files, plan, workers):
     ranges = shards.plan_shards(job, parts)
     entry_paths = {file: os.path.join(folder, f'{file}.json') for file in ranges}
     entries = {file: read_json(path) for file, path in entry_paths.items() if os.path.exists(path)}
-    todo = {file: (job, parts, dtype, file, *keys) for file, keys in ranges.items() if file not in entries}
+    todo = {file: (job, parts, dtype, file, keys) for file, keys in ranges.items() if file not in entries}
     entries |= workers.run(shards.write_shard, todo, 'shuffling')
     left_out = {'duplicates': sum(entry.pop('duplicates') for entry in entries.values())}
     if any(file.startswith('all') for file in ranges):
@@ -279,7 +280,8 @@ def main():
     target = folder_of(name)
     folder = f'{target}.unfinished'
     files = None if re.match('https?://|hf:', source) else sources.find_files(source, include, exclude)
-    plan = make_plan(files, [read_plan(folder), read_plan(target)])
+    tok = None if tokenizer.startswith('bpe:') else load_tokenizer(tokenizer, eot_token)
+    plan = make_plan(files, tok, [read_plan(folder), read_plan(target)])
     if os.path.exists(target) and not overwrite:
         changed = difference(read_plan(target), plan)
         if changed:
@@ -295,7 +297,7 @@ def main():
     if not os.path.exists(os.path.join(folder, 'meta.json')):
         try:
             with shards.Workers(num_workers) as workers:
-                prepare(folder, files, plan, workers)
+                prepare(folder, files, tok, plan, workers)
         except UserError:
             if not any(file.endswith('.ids') for file in os.listdir(os.path.join(folder, 'parts'))):
                 shutil.rmtree(folder)  # there is nothing to go on from
@@ -309,7 +311,7 @@ def main():
 def inspect_data(which):
     """Prints what a data set holds, checks every file against the manifest, and shows a piece of its text."""
     folder = folder_of(which.rstrip('/'))
-    meta = read_meta(folder if os.sep in folder or '/' in folder else which)
+    meta = read_meta(folder)
     tok = read_tokenizer(folder, meta)
     dtype = np.dtype(meta['dtype']).newbyteorder('<')
     print(f"{folder}: {meta.get('note') or 'no note'}\n"

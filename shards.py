@@ -31,10 +31,11 @@ from sources import Reader
 from tokenizer import STATE_FILE, tokenizer_from_state
 
 PART_TOKENS = 2**24  # held in memory by a worker at a time, about
+PART_ROWS = 2**18  # documents, and pieces of long ones, in a part at most
 INDEX = np.dtype([  # what is known of each document in a part, or of each piece of a long one
     ('key', '<u8'),  # its place in the order; the highest bit says validation
     ('document', '<u8'),  # a hash of its file's name and its position there
-    ('digest', '<u8'),  # of the text
+    ('digest', '<u8'),  # of the text, another part than the key is made of
     ('piece', '<u8'),  # the number of the piece in its document
     ('start', '<u8'), ('tokens', '<u8'), ('bytes', '<u8'),  # where its ids begin in the part, their number, the text's bytes
     ('last', '<u1')])  # whether it ends the document
@@ -97,12 +98,12 @@ def encode_unit(job, number, spans):
                 continue
             place = hash_bytes(f'{doc.name}:{doc.position}'.encode())
             # documents of the same text stand side by side, so that they can be told, if only one of them is to stay
-            key = hash_bytes(doc.digest + (b'' if job.deduplicate else place), key=job.seed.to_bytes(8, 'little'))
+            key = hash_bytes(doc.digest + (b'' if job.deduplicate else place), key=(job.seed % 2**64).to_bytes(8, 'little'))
             key, place, digest = (int.from_bytes(part[:8], 'little') for part in (key, place, doc.digest[8:]))
             key = key >> 1 | goes_to_val(doc, job.val_fraction) << 63
             n = 0
             for text, ids in tok.encode_pieces(doc.pieces, job.parse_special):
-                if held >= PART_TOKENS:
+                if held >= PART_TOKENS or len(rows) >= PART_ROWS:
                     flush()
                 n_bytes = len(text.encode('utf-8', 'replace'))
                 arrays.append([bos] * (n == 0 and doc.part == 0) + [ids.astype(dtype)])
@@ -126,7 +127,7 @@ def encode_unit(job, number, spans):
 
 def goes_to_val(doc, val_fraction):
     """Whether a document is for validation: by a hash of its beginning, for good, whatever else there is."""
-    return int.from_bytes(doc.head[:8], 'little') / 2**64 < val_fraction
+    return int.from_bytes(doc.head, 'big') / 2**64 < val_fraction
 
 
 def hash_bytes(data, key=b''):
@@ -140,31 +141,57 @@ def token_dtype(tok):
 # ---- the second round: a shard is a range of the documents' order
 
 def plan_shards(job, parts):
-    """Divides the order into shards of about `shard_tokens`: {file: (first key, last key)}, by the parts' indexes."""
+    """
+    Divides the order into shards of about `shard_tokens`, and each into batches of about PART_TOKENS, by the parts'
+    indexes: {file: [(first key, last key), ...]}.
+    """
     tokens = np.zeros(2**16)  # by the key's highest bits
     for part in parts:
         index = np.memmap(job.path(f'{part}.index'), INDEX, 'r')
         tokens += np.bincount((index['key'] >> np.uint64(48)).astype(np.int64), index['tokens'], minlength=len(tokens))
-    half = len(tokens) // 2
-    halves = {'train': tokens[:half], 'val': tokens[half:]}
-    if job.val_fraction and not all(part.any() for part in halves.values()):
-        halves = {'all': tokens}  # to be split by position
+    middle = len(tokens) // 2
+    sides = {'train': (0, middle), 'val': (middle, len(tokens))}
+    if job.val_fraction and not all(tokens[begin:end].any() for begin, end in sides.values()):
+        sides = {'all': (0, len(tokens))}  # to be split by position
     shards = {}
-    for kind, in_bin in halves.items():
-        n = -(-int(in_bin.sum()) // job.shard_tokens)
-        edges = np.searchsorted(np.cumsum(in_bin), in_bin.sum() * np.arange(1, n) / n)
-        edges = np.unique([0, *(edges + 1), len(in_bin)]) + (half if kind == 'val' else 0)
-        ranges = [(int(a), int(b)) for a, b in zip(edges, edges[1:]) if tokens[a:b].any()]
-        shards |= {file_name(kind, i, len(ranges)): (a << 48, (b << 48) - 1) for i, (a, b) in enumerate(ranges)}
+    for side, (begin, end) in sides.items():
+        ranges = divide(tokens, begin, end, job.shard_tokens)
+        for i, (a, b) in enumerate(ranges):
+            shards[file_name(side, i, len(ranges))] = [(c << 48, (d << 48) - 1) for c, d in divide(tokens, a, b, PART_TOKENS)]
     return shards
+
+
+def divide(tokens, begin, end, most):
+    """Cuts the bins begin..end into runs of about the same number of tokens, about `most`; without the empty ones."""
+    total = np.cumsum(tokens[begin:end])
+    n = -(-int(total[-1]) // most)
+    edges = begin + np.unique([0, *(np.searchsorted(total, total[-1] * np.arange(1, n) / n) + 1), end - begin])
+    return [(a, b) for a, b in zip(edges.tolist(), edges[1:].tolist()) if tokens[a:b].any()]
 
 
 def file_name(kind, number, count):
     return f'{kind}.bin' if count == 1 else f'{kind}_{number:05d}.bin'
 
 
-def write_shard(job, parts, dtype, file, first, last):
-    """Gathers the documents whose keys lie in first..last from all parts; returns, and writes, the manifest's entry."""
+def write_shard(job, parts, dtype, file, ranges):
+    """Gathers the documents whose keys lie in `ranges` from all parts; returns, and writes, the manifest's entry."""
+    writer, duplicates = Writer(os.path.join(job.folder, file), dtype), 0
+    for first, last in ranges:
+        rows, part_of = find_rows(job, parts, first, last)
+        if job.deduplicate:  # of each text the document that comes first; its pieces share one number
+            same = (rows['key'][1:] == rows['key'][:-1]) & (rows['digest'][1:] == rows['digest'][:-1])
+            leader = np.maximum.accumulate(np.where(np.concatenate(([True], ~same)), np.arange(len(rows)), 0))
+            stays = rows['document'] == rows['document'][leader]
+            duplicates += int(rows['last'][~stays].sum())
+            rows, part_of = rows[stays], part_of[stays]
+        for begin, end in runs(np.cumsum(rows['tokens']) // np.uint64(PART_TOKENS)):  # a long document is not held whole
+            batch, ids = rows[begin:end], gather(job, parts, dtype, rows[begin:end], part_of[begin:end])
+            writer.write(ids, int(batch['bytes'].sum()), int(batch['last'].sum()))
+    return writer.close(duplicates=duplicates)
+
+
+def find_rows(job, parts, first, last):
+    """The rows of all indexes with keys in first..last, in the order of their keys, and the number of each one's part."""
     found, part_of = [], []
     for p, part in enumerate(parts):
         index = np.memmap(job.path(f'{part}.index'), INDEX, 'r')
@@ -174,29 +201,23 @@ def write_shard(job, parts, dtype, file, first, last):
         part_of.append(np.full(end - begin, p))
     rows, part_of = np.concatenate(found), np.concatenate(part_of)
     order = np.lexsort((rows['piece'], rows['document'], rows['key']))
-    rows, part_of = rows[order], part_of[order]
-    n_found = int(rows['last'].sum())
-    if job.deduplicate:  # of each text the document that comes first; its pieces share one number
-        same = (rows['key'][1:] == rows['key'][:-1]) & (rows['digest'][1:] == rows['digest'][:-1])
-        leader = np.maximum.accumulate(np.where(np.concatenate(([True], ~same)), np.arange(len(rows)), 0))
-        stays = rows['document'] == rows['document'][leader]
-        rows, part_of = rows[stays], part_of[stays]
-    writer = Writer(os.path.join(job.folder, file), dtype)
-    batch_of = np.cumsum(rows['tokens']) // np.uint64(PART_TOKENS)
-    for begin, end in runs(batch_of):
-        batch, starts = rows[begin:end], np.cumsum(rows['tokens'][begin:end]) - rows['tokens'][begin:end]
-        ids = np.empty(int(batch['tokens'].sum()), dtype)
-        by_part = np.argsort(part_of[begin:end], kind='stable')
-        for a, b in runs(part_of[begin:end][by_part]):  # in a part, the documents of a batch lie side by side
-            mine = by_part[a:b]
-            low, high = int(batch['start'][mine[0]]), int(batch['start'][mine[-1]] + batch['tokens'][mine[-1]])
-            path = job.path(f'{parts[part_of[begin + mine[0]]]}.ids')
-            data = np.fromfile(path, dtype, high - low, offset=low * dtype.itemsize)
-            begins = batch['start'][mine] - np.uint64(low)
-            for to, start, n in zip(starts[mine].tolist(), begins.tolist(), batch['tokens'][mine].tolist()):
-                ids[to:to + n] = data[start:start + n]
-        writer.write(ids, int(batch['bytes'].sum()), int(batch['last'].sum()))
-    return writer.close(duplicates=n_found - int(rows['last'].sum()))
+    return rows[order], part_of[order]
+
+
+def gather(job, parts, dtype, rows, part_of):
+    """The ids that `rows` stand for, one after the other."""
+    places = np.cumsum(rows['tokens']) - rows['tokens']
+    ids = np.empty(int(rows['tokens'].sum()), dtype)
+    by_part = np.argsort(part_of, kind='stable')
+    for begin, end in runs(part_of[by_part]):
+        mine = by_part[begin:end]  # lie side by side in their part, but for duplicates that are left out
+        low, high = int(rows['start'][mine[0]]), int(rows['start'][mine[-1]] + rows['tokens'][mine[-1]])
+        path = job.path(f'{parts[part_of[mine[0]]]}.ids')
+        data = np.fromfile(path, dtype, high - low, offset=low * dtype.itemsize)
+        starts = rows['start'][mine] - np.uint64(low)
+        for to, start, n in zip(places[mine].tolist(), starts.tolist(), rows['tokens'][mine].tolist()):
+            ids[to:to + n] = data[start:start + n]
+    return ids
 
 
 def runs(values):
@@ -267,14 +288,17 @@ def token_bytes(tok):
 
 # ---- processes
 
-encoded = multiprocessing.get_context('spawn').Value('q', 0)  # bytes of text, by all processes
+encoded = None  # a counter that all processes share: bytes of text
 
 
 class Workers:
     """A pool of `num_workers` processes (0: one for each core), started when there is something to share."""
 
     def __init__(self, num_workers):
+        global encoded
         self.n, self.pool = num_workers or usable_cores(), None
+        self.context = multiprocessing.get_context('spawn')  # every platform has it, and it inherits no locks
+        encoded = self.context.Value('q', 0)
 
     def __enter__(self):
         return self
@@ -294,9 +318,8 @@ class Workers:
                 results[key] = function(*task)
                 progress.show(len(results))
             return results
-        if self.pool is None:  # spawn is what every platform has, and no lock is inherited in the middle of something
-            context = multiprocessing.get_context('spawn')
-            self.pool = concurrent.futures.ProcessPoolExecutor(min(self.n, len(tasks)), context, start_worker, (encoded,))
+        if self.pool is None:
+            self.pool = concurrent.futures.ProcessPoolExecutor(self.n, self.context, start_worker, (encoded,))
         try:
             waiting = {self.pool.submit(function, *task): key for key, task in tasks.items()}
             while waiting:

@@ -133,25 +133,22 @@ def _open_plain(path):
         if path.endswith('.gz'):
             return gzip.open(path)
         if path.endswith('.zst'):
-            return _zstandard(path).open(path)
+            return _pyarrow(path).input_stream(path, compression='zstd')  # notices a file that is cut short, as others do not
         return open(path, 'rb')
     except OSError as e:
         raise UserError(f'{path} cannot be read ({e.strerror}); --exclude passes it over') from None
 
 
-def _zstandard(path):
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError(f'{path} needs a package: pip install zstandard') from None
-    return zstandard
-
-
-def _parquet(path):
+def _pyarrow(path):
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f'{path} needs a package: pip install pyarrow') from None
+    return pyarrow
+
+
+def _parquet(path):
+    pyarrow = _pyarrow(path)
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, pyarrow.ArrowException) as e:
@@ -208,7 +205,7 @@ class Reader:
             beginning = f.read(CHUNK).removeprefix(codecs.BOM_UTF8)
         if not beginning:
             return
-        head = _digest(beginning)
+        head = _digest(beginning, 8)
         size, digest = (os.path.getsize(span.path), head) if span.end >= 0 else (0, head)
         if self.full_digest or span.end < 0:
             size, digest = _measure(span.path)
@@ -219,7 +216,8 @@ class Reader:
         """The text between two bytes of a file (-1: to its end), about CHUNK characters at a time."""
         decoder = codecs.getincrementaldecoder('utf-8')('count and replace')
         with _open_plain(path) as f:
-            f.seek(start)
+            if start:  # a compressed file has no other beginning, and cannot seek
+                f.seek(start)
             left, at_start = end - start if end >= 0 else float('inf'), start == 0
             while left > 0:
                 data = f.read(min(CHUNK, left))
@@ -292,7 +290,7 @@ class Reader:
             text = text.encode('utf-16', 'surrogatepass').decode('utf-16', 'count and replace')
             data = text.encode()
         if text and (self.skip_broken or not self.broken):
-            head = _digest(data[:CHUNK])
+            head = _digest(data[:CHUNK], 8)
             pieces = (text[i:i + CHUNK] for i in range(0, len(text), CHUNK))
             yield Document(span.name, position, 0, True, head, _digest(data) if self.full_digest else head, len(data), pieces)
 
@@ -300,8 +298,7 @@ class Reader:
         """Counts a record without a text; what is wrong with the first is said when the span is done."""
         self.broken += 1
         if not self.first_broken:
-            place = {'jsonl': lambda: f'line {_line_number(span.path, position)}', 'parquet': lambda: f'row {position}',
-                     'hub': lambda: f'row {position} of shard {span.number}'}[span.kind]()
+            place = f'line {_line_number(span.path, position)}' if span.kind == 'jsonl' else f'row {position}'
             self.first_broken = f'{span.name if span.kind == "hub" else span.path}, {place} {problem}'
 
 
@@ -310,7 +307,8 @@ def _records(span, separator):
     with _open_plain(span.path) as f:
         # one that begins at the span's first byte is known by the separator before it
         base = max(0, span.start - len(separator))
-        f.seek(base)
+        if base:
+            f.seek(base)
         begins_before = span.start > 0
         buffer, begin, seen = bytearray(), 0, 0  # what is read; where its first record begins; how far it is searched
         while block := f.read(CHUNK):
@@ -329,8 +327,8 @@ def _records(span, separator):
             yield base, bytes(buffer)
 
 
-def _digest(data):
-    return hashlib.blake2b(data, digest_size=16).digest()
+def _digest(data, size=16):
+    return hashlib.blake2b(data, digest_size=size).digest()
 
 
 def _measure(path):
@@ -396,9 +394,9 @@ def _hub_errors(source):
     except UserError:
         raise
     except Exception as e:
-        lines = str(e).strip().splitlines() or ['']
-        raise UserError(f"source='{source}' cannot be read ({type(e).__name__}: {lines[0][:300]}); check subset and split, "
-                        'or the network') from None
+        problem = ' '.join(str(e).split())[:300]
+        raise UserError(f"source='{source}' cannot be read ({type(e).__name__}: {problem}); check subset and split, or the "
+                        'network') from None
 
 
 def hub_revision(repository, revision):
@@ -414,4 +412,4 @@ def hub_spans(repository, subset, split, revision):
     """A span for each shard of a data set on the hub."""
     rows = open_hub(repository, subset, split, revision)
     path = json.dumps([repository, subset, split, revision])
-    return [Span(path, f'hf:{repository}', 'hub', 0, -1, 0, number) for number in range(rows.num_shards)]
+    return [Span(path, f'hf:{repository}, shard {n}', 'hub', 0, -1, 0, n) for n in range(rows.num_shards)]

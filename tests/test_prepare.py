@@ -121,13 +121,12 @@ TEXTS = [f'{ODD[i % len(ODD)]} number {i}\n' * (1 + i % 7) for i in range(400)]
 def write_sources(folder):
     """The same documents in every form that can be read; returns {form: arguments}."""
     pyarrow, parquet = pytest.importorskip('pyarrow'), pytest.importorskip('pyarrow.parquet')
-    zstandard = pytest.importorskip('zstandard')
     lines = ''.join(json.dumps({'id': i, 'text': text}, ensure_ascii=i % 2 == 0) + '\n' for i, text in enumerate(TEXTS))
     (folder / 'd.jsonl').write_text(lines, encoding='utf-8')
     with gzip.open(folder / 'd.jsonl.gz', 'wt', encoding='utf-8') as f:
         f.write(lines)
-    with zstandard.open(folder / 'd.jsonl.zst', 'wt', encoding='utf-8') as f:
-        f.write(lines)
+    with pyarrow.CompressedOutputStream(str(folder / 'd.jsonl.zst'), 'zstd') as f:
+        f.write(lines.encode())
     table = pyarrow.table({'id': range(len(TEXTS)), 'text': TEXTS})
     parquet.write_table(table, folder / 'd.parquet', row_group_size=64)
     (folder / 'd.txt').write_text('\n<|doc|>\n'.join(text.strip('\n') for text in TEXTS), encoding='utf-8', newline='')
@@ -498,3 +497,39 @@ def test_half_a_character_in_json_is_replaced(tmp_path):
     out, _ = run('prepare.py', '--source=d.jsonl', '--name=x', '--val_fraction=0', cwd=tmp_path)
     assert load_tokenizer('bytes').decode(read(tmp_path / 'data' / 'x', 'train')) == 'a\ufffd b 🍞'
     assert '1 stretches of bytes' in out
+
+
+@pytest.mark.parametrize('damage', ['cut short', 'overwritten', 'another kind'])
+@pytest.mark.parametrize('suffix', ['jsonl.gz', 'jsonl.zst', 'parquet'])
+def test_a_damaged_file_is_named(tmp_path, suffix, damage):
+    write_sources(tmp_path)
+    path = tmp_path / f'd.{suffix}'
+    data = path.read_bytes()
+    path.write_bytes({'cut short': data[:len(data) * 2 // 3], 'another kind': b'hello' * 1000,
+                      'overwritten': data[:len(data) // 3] + bytes(200) + data[len(data) // 3 + 200:]}[damage])
+    _, err = run('prepare.py', f'--source=d.{suffix}', '--name=x', cwd=tmp_path, code=2)
+    assert err.startswith(f'error: d.{suffix}') and len(err.splitlines()) == 1, err
+    assert not (tmp_path / 'data' / 'x').exists()
+
+
+def test_a_wrong_field_or_name_is_said_with_what_there_is(tmp_path):
+    pytest.importorskip('datasets')
+    home = {'HF_HOME': str(tmp_path / 'hf')}
+    args = write_sources(tmp_path)
+    for form, place in (('jsonl', 'd.jsonl, line 1 has'), ('parquet', 'd.parquet has'), ('hub', ', row 0 has')):
+        _, err = run('prepare.py', *args[form].split(), '--text_field=body', '--name=x', cwd=tmp_path, code=2, env=home)
+        assert place in err and "no field text_field='body'" in err.replace('text in the field', 'field') and 'id, text' in err
+    for source, words in (('--source=hf:hub --subset=none', 'none'), ('--source=hf:hub --subset=most --split=dev', 'dev'),
+                          ('--source=hf:nobody/nothing', 'cannot be read'), ('--source=hf:hub', 'most')):
+        _, err = run('prepare.py', *source.split(), '--name=x', cwd=tmp_path, code=2, env=home)
+        assert err.startswith("error: source='hf:") and words in err and len(err.splitlines()) == 1, err
+    assert not any((tmp_path / 'data').iterdir())
+
+
+def test_a_tokenizer_is_trained_on_a_text_that_several_workers_share(tmp_path):
+    pytest.importorskip('tokenizers')
+    (tmp_path / 'long.txt').write_text(''.join(f'The owl fed jar {i} and waited.\n' for i in range(300_000)))
+    run('prepare.py', '--source=long.txt', '--tokenizer=bpe:400', '--bpe_bytes=1_000_000', '--name=x', cwd=tmp_path)
+    data = tmp_path / 'data' / 'x'
+    tok = load_tokenizer(str(data))
+    assert tok.decode(read(data, 'train') + read(data, 'val')) == (tmp_path / 'long.txt').read_text()
