@@ -66,7 +66,7 @@ def read_tokenizer(name, meta):
                         'again') from None
 
 
-@functools.lru_cache(maxsize=256)  # each open file is one of the few that a process may have
+@functools.lru_cache(maxsize=64)  # each open file is one of the few that a process may have
 def open_tokens(path, dtype):
     """A token file, or the mask beside one, as an array on disk."""
     return np.memmap(path, dtype, 'r')

@@ -22,7 +22,8 @@ source = ''  # a text file, .jsonl or Parquet file, a folder of them, an http(s)
 include = '*.txt *.md *.jsonl *.jsonl.gz *.jsonl.zst *.parquet'  # in a folder: the files to read, patterns separated by blanks
 exclude = ''  # in a folder: names of files and folders to pass over, patterns separated by blanks
 text_field = 'text'  # the field of a .jsonl line, or the column of Parquet or of a data set on the hub, that holds the text
-separator = ''  # what stands between two documents of a text file, line ends around it aside; '' = a file is a document
+separator = ''  # what stands between two documents of a text file (\n is a line end), line ends around it aside; '' = a file
+                # is a document
 subset = ''  # hf: the configuration, such as sample-10BT; '' = the only one
 split = 'train'  # hf: the split that is read; training and validation are both made from it
 revision = ''  # hf: a commit or branch; '' = the latest
@@ -52,6 +53,7 @@ adopt = ''  # instead of preparing: a folder with nanoGPT's train.bin and val.bi
 # ----
 config = configure(globals())
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -77,7 +79,7 @@ VERSION = 1  # of how a source is divided and its documents are ordered: what on
 def make_plan(files, tok, begun):
     """The settings and the state of the source, as plain data; `begun`: plans that were made before, or None each."""
     settings = {key: value for key, value in config.items() if key not in OF_THE_WORK}
-    if source.startswith('hf:'):
+    if files is None and source.startswith('hf:'):
         # the data set that the name stood for when the work began, or stands for now
         pinned = [plan['source']['revision'] for plan in begun if plan and
                   all(plan['settings'][key] == settings[key] for key in ('source', 'revision'))]
@@ -94,9 +96,11 @@ def make_plan(files, tok, begun):
 def read_plan(folder):
     """The plan of a data set that is finished or was begun in `folder`, or None."""
     for file in ('plan.json', 'meta.json'):
-        if os.path.isfile(os.path.join(folder, file)):
+        try:
             found = read_json(os.path.join(folder, file))
             return found if file == 'plan.json' else found.get('plan')
+        except (OSError, ValueError):
+            pass
     return None
 
 
@@ -121,7 +125,9 @@ def train_tokenizer(folder, reader, units):
     """The tokenizer of 'bpe:SIZE', trained on the beginning of the documents that are not for validation."""
     size = tokenizer.removeprefix('bpe:')
     special = special_tokens.split()
-    if not size.isdigit() or int(size) < 257 + len(special):
+    if eot_token:
+        raise UserError(f"eot_token='{eot_token}' is for a tokenizer.json; what bpe trains ends texts with <|endoftext|>")
+    if not size.isdecimal() or int(size) < 257 + len(special):
         raise UserError(f"tokenizer='{tokenizer}': write bpe:SIZE with a size of at least {257 + len(special)}, which is the "
                         'bytes, the special tokens and one merge')
     if '<|endoftext|>' not in special:
@@ -142,6 +148,8 @@ def train_tokenizer(folder, reader, units):
     print(f'training the tokenizer {tokenizer}', flush=True)
     text = train_bpe(texts(), int(size), special)
     tok = HuggingFaceTokenizer(tokenizer, text, json.loads(text)['model']['vocab']['<|endoftext|>'])
+    if tok.cut is None:
+        raise UserError(f"special_tokens='{special_tokens}' are words of the text; write them unlike it, such as <|name|>")
     print(f'trained it on {n_bytes / 1e6:,.1f} MB of text')
     if tok.vocab_size < int(size):
         print(f'note: the text gave only {tok.vocab_size:,} tokens of {int(size):,}')
@@ -157,14 +165,14 @@ def prepare(folder, files, tok, plan, workers):
     """
     os.makedirs(os.path.join(folder, 'parts'), exist_ok=True)
     write_whole(os.path.join(folder, 'plan.json'), json.dumps(plan, indent=2).encode())
-    reader = {'text_field': text_field, 'separator': separator, 'skip_broken': skip_broken}
+    reader = {'text_field': text_field, 'separator': separator.replace('\\n', '\n'), 'skip_broken': skip_broken}
     job = shards.Job(folder, reader, parse_special, val_fraction, deduplicate, min_bytes, max_bytes, shard_tokens, seed)
     if source.startswith('hf:'):
-        spans = sources.hub_spans(source[3:], subset, split, plan['source']['revision'])
+        spans = sources.hub_spans(source[3:], subset, split, plan['source'].get('revision', ''))
     else:
         if files is None:
             files = [(sources.fetch(source, os.path.join(folder, 'download')), os.path.basename(source))]
-        spans = sources.find_spans(files, separator, divisible=not tok or tok.cut is not None)
+        spans = sources.find_spans(files, reader['separator'], divisible=not tok or tok.cut is not None)
     units = sources.in_units(spans, sources.span_size(files or []))
 
     # the tokenizer lies beside the data, so that nothing else is needed from here on
@@ -264,6 +272,8 @@ def check_settings():
         raise UserError(f"source='{source}' and name='{name}' must both be given: --source=PATH --name=mine")
     if not re.fullmatch(r'[\w.-]+', name) or name.startswith('.'):
         raise UserError(f"name='{name}' may have letters, digits, '_', '-' and '.' (not first) only: it becomes a folder")
+    if name.endswith(('.old', '.unfinished', '.lock')):
+        raise UserError(f"name='{name}' ends as the work's own files do; choose another")
     if not 0 <= val_fraction < 1:
         raise UserError(f'val_fraction={val_fraction} is not within 0 <= val_fraction < 1')
     for least, *keys in ((0, 'min_bytes', 'max_bytes', 'num_workers', 'seed'), (1, 'shard_tokens', 'bpe_bytes')):
@@ -279,18 +289,50 @@ def main():
     check_settings()
     target = folder_of(name)
     folder = f'{target}.unfinished'
-    files = None if re.match('https?://|hf:', source) else sources.find_files(source, include, exclude)
+    if source.startswith('hf:') and os.path.isdir(source[3:]):
+        files = sources.find_files(source[3:])
+    else:
+        files = None if re.match('https?://|hf:', source) else sources.find_files(source, include, exclude)
     tok = None if tokenizer.startswith('bpe:') else load_tokenizer(tokenizer, eot_token)
+    os.makedirs('data', exist_ok=True)
+    with alone(f'{target}.lock'):
+        prepare_or_go_on(target, folder, files, tok)
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Holds a lock that ends with the process, however it ends; raises UserError if another process has it."""
+    with open(path, 'w') as f:
+        try:
+            if os.name == 'nt':
+                import msvcrt
+                msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f'{path}: another process is preparing this data set; wait, or choose another name') from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows does not remove what is open
+                os.remove(path)
+
+
+def prepare_or_go_on(target, folder, files, tok):
+    """Makes data set `target`, in `folder` until it is complete, unless it is there already."""
     plan = make_plan(files, tok, [read_plan(folder), read_plan(target)])
     if os.path.exists(target) and not overwrite:
         changed = difference(read_plan(target), plan)
         if changed:
             raise UserError(f'{target} exists already, but {changed}; --overwrite replaces it, --name chooses another')
+        shutil.rmtree(f'{target}.old', ignore_errors=True)  # of a kill at the very end
         print(f'{target} is there already, made from the same source with the same settings')
         return summarize(target, read_json(os.path.join(target, 'meta.json')))
     if os.path.exists(folder):
-        changed = difference(read_plan(folder), plan)
-        if changed and not overwrite:
+        begun = read_plan(folder)  # none: killed before there was one, or while the folder was removed
+        changed = difference(begun, plan)
+        if changed and begun and not overwrite:
             raise UserError(f'{folder} was begun otherwise: {changed}; that command goes on, --overwrite begins anew')
         if changed:
             shutil.rmtree(folder)
@@ -299,7 +341,8 @@ def main():
             with shards.Workers(num_workers) as workers:
                 prepare(folder, files, tok, plan, workers)
         except UserError:
-            if not any(file.endswith('.ids') for file in os.listdir(os.path.join(folder, 'parts'))):
+            kept = [file for _, _, files in os.walk(folder) for file in files]
+            if not any(file.endswith('.ids') for file in kept) and not {'tokenizer.json', os.path.basename(source)} & set(kept):
                 shutil.rmtree(folder)  # there is nothing to go on from
             raise
     finish(folder, target)
@@ -360,8 +403,9 @@ def adopt_data(origin):
     if os.path.exists(os.path.join(origin, 'meta.pkl')):
         raise UserError(f"adopt='{origin}' has a meta.pkl: its ids stand for single characters, which no tokenizer here gives; "
                         'prepare its text instead, --source=PATH/input.txt')
-    if os.path.exists(os.path.join(target, 'meta.json')) and not overwrite:
-        raise UserError(f'{target} exists already; --overwrite replaces its manifest, --name chooses another')
+    in_place = os.path.realpath(target) == os.path.realpath(origin)  # only the manifest is missing
+    if os.path.exists(os.path.join(target, 'meta.json') if in_place else target) and not overwrite:
+        raise UserError(f'{target} exists already; --overwrite replaces it, --name chooses another')
     bytes_of, entries = shards.token_bytes(tok), {}
     for file in files:
         entry, sha256 = {'tokens': 0, 'documents': 0, 'bytes': 0, 'max_id': 0}, hashlib.sha256()
@@ -374,14 +418,15 @@ def adopt_data(origin):
                          'bytes': entry['bytes'] + int(bytes_of[ids].sum()), 'max_id': max(entry['max_id'], int(ids.max()))}
                 sha256.update(ids.tobytes())
         entries[file] = {**entry, 'sha256': sha256.hexdigest()}
+    if not in_place:
+        shutil.rmtree(target, ignore_errors=True)
     os.makedirs(target, exist_ok=True)
-    for file in files:
+    for file in files if not in_place else ():
         here, there = os.path.join(target, file), os.path.abspath(os.path.join(origin, file))
-        if not os.path.exists(here):
-            try:
-                os.link(there, here)
-            except OSError:  # another file system
-                os.symlink(there, here)
+        try:
+            os.link(there, here)
+        except OSError:  # another file system
+            os.symlink(there, here)
     write_whole(os.path.join(target, STATE_FILE), json.dumps(tok.state()).encode())
     meta = manifest(tok, entries, note or f'adopted from {origin}')
     write_whole(os.path.join(target, 'meta.json'), json.dumps(meta, indent=2).encode())

@@ -96,13 +96,13 @@ def encode_unit(job, number, spans):
             if doc.size < job.min_bytes or job.max_bytes and doc.size > job.max_bytes:
                 report['too_short' if doc.size < job.min_bytes else 'too_long'] += doc.last
                 continue
-            place = hash_bytes(f'{doc.name}:{doc.position}'.encode())
+            place = hash_bytes(f'{doc.name}:{doc.position}'.encode('utf-8', 'surrogateescape'))
             # documents of the same text stand side by side, so that they can be told, if only one of them is to stay
             key = hash_bytes(doc.digest + (b'' if job.deduplicate else place), key=(job.seed % 2**64).to_bytes(8, 'little'))
             key, place, digest = (int.from_bytes(part[:8], 'little') for part in (key, place, doc.digest[8:]))
             key = key >> 1 | goes_to_val(doc, job.val_fraction) << 63
             n = 0
-            for text, ids in tok.encode_pieces(doc.pieces, job.parse_special):
+            for text, ids in tok.encode_pieces(doc.pieces, job.parse_special, begins=doc.part == 0):
                 if held >= PART_TOKENS or len(rows) >= PART_ROWS:
                     flush()
                 n_bytes = len(text.encode('utf-8', 'replace'))
@@ -296,7 +296,7 @@ class Workers:
 
     def __init__(self, num_workers):
         global encoded
-        self.n, self.pool = num_workers or usable_cores(), None
+        self.n, self.pool = min(num_workers or usable_cores(), 61), None  # Windows has no more
         self.context = multiprocessing.get_context('spawn')  # every platform has it, and it inherits no locks
         encoded = self.context.Value('q', 0)
 

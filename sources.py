@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import urllib.parse
 import urllib.request
 import zlib
 from collections.abc import Iterator
@@ -69,6 +68,9 @@ def find_files(source, include='*', exclude=''):
     for folder, subfolders, files in os.walk(source, onerror=refuse):
         subfolders[:] = [f for f in subfolders if not _matches(f, exclude)]
         found += [os.path.join(folder, f) for f in files if _matches(f, include) and not _matches(f, exclude)]
+    for path in found:
+        if not os.path.isfile(path):
+            raise UserError(f'{path} is a link to nothing, or no file; --exclude passes it over')
     named = [(path, os.path.relpath(path, source).replace(os.sep, '/')) for path in found]
     return sorted(named, key=lambda item: item[1])
 
@@ -180,7 +182,7 @@ class Reader:
     """Reads documents; `cut` is a tokenizer's pattern of where a single long text may be cut (see tokenizer.py)."""
 
     def __init__(self, text_field='text', separator='', cut=None, skip_broken=False, full_digest=False):
-        self.text_field, self.separator, self.cut = text_field, separator.encode(), cut
+        self.text_field, self.separator, self.cut = text_field, separator.encode('utf-8', 'surrogateescape'), cut
         self.skip_broken, self.full_digest = skip_broken, full_digest
         self.replacer = CountingReplacer()
         codecs.register_error('count and replace', self.replacer)
@@ -210,6 +212,8 @@ class Reader:
         if self.full_digest or span.end < 0:
             size, digest = _measure(span.path)
         start, end = self._safe_cut(span.path, span.start, size), self._safe_cut(span.path, span.end, size)
+        if span.number and start == end:
+            return  # there is no place to cut between the last span and this one
         yield Document(span.name, 0, span.number, end in (size, -1), head, digest, size, self._decode(span.path, start, end))
 
     def _decode(self, path, start, end):
@@ -234,11 +238,13 @@ class Reader:
             return offset
         with open(path, 'rb') as f:
             f.seek(offset)
-            data = f.read(CHUNK)
-        into = next((i for i, byte in enumerate(data[:3]) if byte & 0xC0 != 0x80), 3)  # to where a character begins
-        text = data[into:].decode('utf-8', 'surrogateescape')
-        found = re.search(self.cut, text)
-        return offset + into + (len(text[:found.end()].encode('utf-8', 'surrogateescape')) if found else 0)
+            while data := f.read(CHUNK):
+                into = next((i for i, byte in enumerate(data[:4]) if byte & 0xC0 != 0x80), 0)  # to where a character begins
+                text = data[into:].decode('utf-8', 'surrogateescape')
+                if found := re.search(self.cut, text):
+                    return offset + into + len(text[:found.end()].encode('utf-8', 'surrogateescape'))
+                offset += len(data)
+        return size
 
     # documents within a file, each held whole
 
@@ -265,10 +271,13 @@ class Reader:
             if self.text_field not in fields:
                 raise UserError(f"{span.path} has no field text_field='{self.text_field}'; its fields are: {', '.join(fields)}")
             position = sum(file.metadata.row_group(i).num_rows for i in range(span.start))
-            for batch in file.iter_batches(1000, range(span.start, span.end), [self.text_field]):
-                for value in batch.column(0).to_pylist():
-                    yield from self._record(span, position, {self.text_field: value})
-                    position += 1
+            try:
+                for batch in file.iter_batches(1000, range(span.start, span.end), [self.text_field]):
+                    for value in batch.column(0).to_pylist():
+                        yield from self._record(span, position, {self.text_field: value})
+                        position += 1
+            except ValueError as e:  # pyarrow's ArrowInvalid too
+                raise UserError(f'{span.path}, after row {position}, holds what is no text, or is damaged ({e})') from None
 
     def _hub(self, span):
         rows = open_hub(*json.loads(span.path))
@@ -321,6 +330,7 @@ def _records(span, separator):
                 if base + begin >= span.end >= 0:
                     return
             seen = max(begin, len(buffer) - len(separator) + 1)
+            begin = seen if begins_before else begin
             del buffer[:begin]
             base, seen, begin = base + begin, seen - begin, 0
         if buffer and not begins_before:
@@ -355,7 +365,7 @@ def _line_number(path, position):
 
 def fetch(address, folder):
     """Downloads one file into `folder`, unless it is there already, and returns its path."""
-    path = os.path.join(folder, os.path.basename(urllib.parse.urlsplit(address).path) or 'download.txt')
+    path = os.path.join(folder, re.sub('[?#].*', '', address).rpartition('/')[2] or 'download.txt')
     if os.path.exists(path):
         return path
     os.makedirs(folder, exist_ok=True)
@@ -366,7 +376,7 @@ def fetch(address, folder):
             expected = int(response.headers.get('Content-Length', f.tell()))
             if f.tell() != expected:
                 raise OSError(f'{f.tell()} of {expected} bytes came')
-    except (OSError, http.client.HTTPException) as e:
+    except (OSError, ValueError, http.client.HTTPException) as e:
         if getattr(e, 'errno', None) == errno.ENOSPC:
             raise
         raise UserError(f'source={address} could not be fetched ({e}); with a copy of it at hand, --source=PATH') from None
@@ -374,13 +384,18 @@ def fetch(address, folder):
     return path
 
 
-@functools.lru_cache
-def open_hub(repository, subset, split, revision):
-    """A data set of the hub as a stream of rows, opened once in a process."""
+def _datasets(repository):
     try:
         import datasets
     except ImportError:
         raise UserError(f"source='hf:{repository}' needs a package: pip install datasets") from None
+    return datasets
+
+
+@functools.lru_cache
+def open_hub(repository, subset, split, revision):
+    """A data set of the hub as a stream of rows, opened once in a process."""
+    datasets = _datasets(repository)
     datasets.disable_progress_bars()
     with _hub_errors(f'hf:{repository}'):
         return datasets.load_dataset(repository, subset or None, split=split, revision=revision or None, streaming=True)
@@ -401,8 +416,7 @@ def _hub_errors(source):
 
 def hub_revision(repository, revision):
     """The commit that a repository's name stands for today, so that a run that is taken up again reads the same data."""
-    if os.path.isdir(repository):
-        return ''
+    _datasets(repository)
     import huggingface_hub
     with _hub_errors(f'hf:{repository}'):
         return huggingface_hub.HfApi().dataset_info(repository, revision=revision or None).sha

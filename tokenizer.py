@@ -25,7 +25,7 @@ from configurator import UserError
 STATE_FILE = 'tokenizer.state.json'  # beside a data set's tokens
 PIECE = 2**20  # characters; a longer text is encoded in pieces
 BEFORE_WORD = r'\S(?= )|\S\n(?=\w)'  # ends where no token of a byte-level BPE crosses: before a blank or a line's first word
-BEFORE_BLANK = r'\S(?= )'
+BEFORE_BLANK = r'\S(?= \w)'  # before a single blank: what follows it gets the dummy prefix in its place
 
 
 class Tokenizer:
@@ -39,15 +39,15 @@ class Tokenizer:
         """`encode` as an array of uint32, for prepare.py's speed."""
         return np.array(self.encode(text, special), np.uint32)
 
-    def encode_pieces(self, texts, special=False):
+    def encode_pieces(self, texts, special=False, begins=True):
         """
         Encodes one long text that comes in pieces of any size; yields (piece, its ids), pieces of about PIECE characters.
+        `begins`: whether it is the beginning of a document, or goes on after a cut.
 
         The text is cut only where no token crosses, so that the ids are those of the whole. (After eight million
-        characters without such a place it is cut anywhere.)
+        characters without such a place it is cut anywhere; with a dummy prefix it is held until there is one.)
         """
-        begins = True
-        for text in _recut(texts, self.cut):
+        for text in _recut(texts, self.cut, 8 * PIECE if not self.dummy_prefix else float('inf')):
             # what goes on after a cut begins with a blank, and a dummy prefix would be a second one
             yield text, self.encode_array(text if begins or not self.dummy_prefix else text.removeprefix(' '), special)
             begins = False
@@ -75,8 +75,8 @@ class Tokenizer:
         raise UserError(f'parse_special=True: the tokenizer {self.name} has no special tokens that a text can spell')
 
 
-def _recut(texts, cut):
-    """The pieces of a text, cut anew where the pattern `cut` allows, or put together where it is None."""
+def _recut(texts, cut, most):
+    """The pieces of a text, cut anew where the pattern `cut` allows or `most` characters are held; None: put together."""
     held, size = [], 0
     until_last = cut and re.compile(f'(?s:.*)(?:{cut})')
     for text in texts:
@@ -85,7 +85,7 @@ def _recut(texts, cut):
         if cut and size >= PIECE:
             # look for a place in what came last; only if there is none, in all that is held
             last = until_last.match(text) or until_last.match(''.join(held))
-            if last or size > 8 * PIECE:
+            if last or size > most:
                 whole = ''.join(held)
                 end = len(whole) - (len(last.string) - last.end()) if last else len(whole)
                 yield whole[:end]
@@ -291,7 +291,7 @@ def as_tiktoken(spec):
         parts = list(pair[0] + pair[1])
         while len(parts) > 1:
             best, at = min((rank_of.get(two, own), at) for at, two in enumerate(zip(parts, parts[1:])))
-            if best == own:
+            if best >= own:
                 break
             parts[at:at + 2] = [parts[at] + parts[at + 1]]
         if tuple(parts) != pair:
@@ -343,10 +343,12 @@ def load_tokenizer(name, eot_token=''):
     folder that holds one, or the id of a Hugging Face repository. `eot_token` ends documents where that is not the
     tokenizer's own end-of-sequence. Raises UserError if it can't be had.
     """
-    if name == 'bytes':
-        return ByteTokenizer()
     import tiktoken
     known = tiktoken.list_encoding_names()
+    if eot_token and (name == 'bytes' or name in known):
+        raise UserError(f"eot_token='{eot_token}' is for a tokenizer.json, and tokenizer='{name}' has an end of text already")
+    if name == 'bytes':
+        return ByteTokenizer()
     if name in known:
         try:
             encoding = tiktoken.get_encoding(name)
@@ -367,6 +369,8 @@ def load_tokenizer(name, eot_token=''):
     except OSError as e:
         raise UserError(f"tokenizer='{name}' cannot be read ({e.strerror})") from None
     if not data.lstrip().startswith(b'{'):
+        if eot_token:
+            raise UserError(f"eot_token='{eot_token}' is for a tokenizer.json, and tokenizer='{name}' is a SentencePiece model")
         return SentencePieceTokenizer(name, data)
     try:
         spec = json.loads(data)
@@ -406,6 +410,8 @@ def _fetch(repository):
 
 def _document_ids(name, spec, config_path, eot_token):
     """(end-of-text id, BOS id or None) by a tokenizer.json, and by the tokenizer_config.json beside it, if any."""
+    if spec['model'].get('type', 'BPE') != 'BPE':
+        raise UserError(f"tokenizer='{name}' is a {spec['model']['type']}; what can be used is a BPE")
     ids = spec['model']['vocab'] | {token['content']: token['id'] for token in spec['added_tokens']}
     config = {}
     if os.path.isfile(config_path):
@@ -419,9 +425,13 @@ def _document_ids(name, spec, config_path, eot_token):
         raise UserError(f"tokenizer='{name}' has no {eot_token or 'end-of-text token that is known here'}; name the one that "
                         'ends a document with --eot_token')
     # what the tokenizer's own convention puts before a text
-    first = _tokenizers(name).Tokenizer.from_str(json.dumps(spec)).encode('a').ids[0]
-    begins = first in {token['id'] for token in spec['added_tokens'] if token['special']}
-    return found[0], first if begins else None
+    tokenizers = _tokenizers(name)
+    try:
+        first = tokenizers.Tokenizer.from_str(json.dumps(spec)).encode('a').ids[:1]
+    except Exception as e:  # the package has no other kind
+        raise UserError(f"tokenizer='{name}' is not a tokenizer.json that the package tokenizers can read ({e})") from None
+    special = {token['id'] for token in spec['added_tokens'] if token['special']}
+    return found[0], first[0] if special.issuperset(first) and first else None
 
 
 def train_bpe(texts, vocab_size, special_tokens):

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from conftest import CACHE, ROOT, run, start
-from test_tokenizer import ODD
+from test_tokenizer import ODD, mistral_model
 
 import sources
 from dataset import Split
@@ -301,12 +301,12 @@ def test_one_long_text_is_shared_by_workers_without_changing_an_id(tmp_path, mon
     monkeypatch.setattr(sources, 'SPAN', 10_000)
     text = ''.join(f'{ODD[i % 12]} {i}\n' for i in range(5000)).replace('\r', '')
     (tmp_path / 'long.txt').write_text(text, encoding='utf-8', newline='')
-    names = ['bytes', 'gpt2'] if os.environ.get('TIKTOKEN_CACHE_DIR') else ['bytes']
+    names = ['bytes', 'gpt2', mistral_model()] if os.environ.get('TIKTOKEN_CACHE_DIR') else ['bytes', mistral_model()]
     for tok in map(load_tokenizer, names):
         spans = sources.find_spans([(str(tmp_path / 'long.txt'), 'long.txt')], '', divisible=True)
         parts = [doc for span in spans for doc in sources.Reader(cut=tok.cut).documents(span)]
         assert len(parts) == len(spans) > 10 and [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
-        ids = [list(i for _, ids in tok.encode_pieces(part.pieces) for i in ids.tolist()) for part in parts]
+        ids = [[i for _, ids in tok.encode_pieces(part.pieces, begins=part.part == 0) for i in ids.tolist()] for part in parts]
         assert sum(ids, []) == tok.encode(text) and all(ids)
     for kind, separator, texts in (('jsonl', '', TEXTS), ('txt', '<|doc|>', [text.strip('\n') for text in TEXTS])):
         lines = '\n'.join(json.dumps({'text': text}) for text in texts) if kind == 'jsonl' else '\n<|doc|>\n'.join(texts)
@@ -425,9 +425,7 @@ def test_a_large_vocabulary_is_written_as_uint32_and_trained_on(tmp_path):
 
 
 def test_documents_begin_with_bos_where_the_tokenizer_has_it(tmp_path):
-    mistral_common = pytest.importorskip('mistral_common')
-    pytest.importorskip('sentencepiece')
-    model = os.path.join(os.path.dirname(mistral_common.__file__), 'data', 'tokenizer.model.v1')
+    model = mistral_model()
     (tmp_path / 'd.jsonl').write_text(''.join(json.dumps({'text': f'owl {i}'}) + '\n' for i in range(50)))
     run('prepare.py', '--source=d.jsonl', f'--tokenizer={model}', '--name=m', '--val_fraction=0', cwd=tmp_path)
     data, tok = tmp_path / 'data' / 'm', load_tokenizer(model)
@@ -533,3 +531,62 @@ def test_a_tokenizer_is_trained_on_a_text_that_several_workers_share(tmp_path):
     data = tmp_path / 'data' / 'x'
     tok = load_tokenizer(str(data))
     assert tok.decode(read(data, 'train') + read(data, 'val')) == (tmp_path / 'long.txt').read_text()
+
+
+def test_a_text_without_a_place_to_cut_is_not_cut_by_spans(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, 'SPAN', 10_000)
+    (tmp_path / 'long.txt').write_text('日本語' * 20_000 + ' and an end', encoding='utf-8')
+    tok = load_tokenizer(mistral_model())
+    spans = sources.find_spans([(str(tmp_path / 'long.txt'), 'long.txt')], '', divisible=True)
+    parts = [doc for span in spans for doc in sources.Reader(cut=tok.cut).documents(span)]
+    assert len(spans) > 10 and [part.last for part in parts] == [False, True]
+    assert ''.join(piece for part in parts for piece in part.pieces) == (tmp_path / 'long.txt').read_text(encoding='utf-8')
+
+
+def test_killed_before_there_is_a_plan_it_begins_anew(tmp_path):
+    (tmp_path / 'a.txt').write_text('a text ' * 100)
+    (tmp_path / 'data' / 'x.unfinished' / 'parts').mkdir(parents=True)
+    run('prepare.py', '--source=a.txt', '--name=x', cwd=tmp_path)
+    assert os.listdir(tmp_path / 'data') == ['x']
+
+
+def test_two_at_once_do_not_disturb_each_other(many, uninterrupted, tmp_path):
+    first = start('prepare.py', f'--source={many}', *MANY, '--num_workers=1', cwd=tmp_path)
+    while not list((tmp_path / 'data').glob('x.unfinished/parts')):
+        assert first.poll() is None
+    _, err = run('prepare.py', f'--source={many}', *MANY, '--num_workers=1', cwd=tmp_path, code=2)
+    assert 'another process is preparing this data set' in err
+    first.communicate()
+    assert first.returncode == 0 and checksums(tmp_path) == uninterrupted
+
+
+def test_a_local_folder_of_the_hubs_form_that_changed_is_noticed(tmp_path):
+    pytest.importorskip('datasets')
+    home = {'HF_HOME': str(tmp_path / 'hf')}
+    args = (*write_sources(tmp_path)['hub'].split(), '--name=x')
+    run('prepare.py', *args, cwd=tmp_path, env=home)
+    with open(tmp_path / 'hub' / 'README.md', 'a') as f:
+        f.write('changed')
+    _, err = run('prepare.py', *args, cwd=tmp_path, code=2, env=home)
+    assert 'the source has changed' in err
+
+
+def test_names_and_links_that_are_odd(tmp_path):
+    tok = load_tokenizer('bytes')
+    (tmp_path / 'notes').mkdir()
+    for name in (b'\xff.txt', 'naïve 🍞.txt'.encode(), b'a;b.txt'):
+        with open(os.path.join(os.fsencode(tmp_path / 'notes'), name), 'w') as f:
+            f.write(f'text of {name}')
+    run('prepare.py', '--source=notes', '--name=x', '--val_fraction=0', cwd=tmp_path)
+    assert len(documents(tmp_path / 'data' / 'x', 'train', tok)) == 3
+    (tmp_path / 'a.txt').write_text('one\n\ntwo\n\n\nthree')
+    run('prepare.py', '--source=a.txt', r'--separator=\n\n', '--name=y', '--val_fraction=0', cwd=tmp_path)
+    assert sorted(documents(tmp_path / 'data' / 'y', 'train', tok)) == ['one', 'three', 'two']
+    (tmp_path / 'notes' / 'gone.txt').symlink_to('nowhere')
+    for args, words in (('--source=notes --name=z', 'gone.txt is a link to nothing'),
+                        ('--source=a.txt --name=x.old', "name='x.old' ends as the work's own files do"),
+                        ('--source=a.txt --name=z --eot_token=x', "eot_token='x' is for a tokenizer.json"),
+                        ('--source=http://[x --name=z', 'could not be fetched'),
+                        ('--source=a.txt --name=z --tokenizer=bpe:³00', 'write bpe:SIZE')):
+        _, err = run('prepare.py', *args.split(), cwd=tmp_path, code=2)
+        assert words in err and len(err.splitlines()) == 1, err

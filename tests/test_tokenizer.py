@@ -123,6 +123,7 @@ def test_a_long_text_is_cut_where_it_changes_no_id(tokenizer, monkeypatch):
     gaps = (' ', '  ', '\n\n ', '\n', '', ' \t', ' ', '\n')
     text = ''.join(f'{word}{gap}' for i in range(2000) for word, gap in
                    zip((f'word{i}', '日本語', '...', "it's", '🍞' * 3, str(i * 7919), 'Ende', '/x'), gaps))
+    text += ' '  # ends with a blank, as a piece may
     for step in (700, 5000, 12_345):
         pieces = list(tokenizer.encode_pieces(text[i:i + step] for i in range(0, len(text), step)))
         assert ''.join(piece for piece, _ in pieces) == text
@@ -175,6 +176,9 @@ def test_tiktoken_is_not_used_where_it_would_merge_otherwise():
     ours = HuggingFaceTokenizer('odd', json.dumps(spec), 0)
     assert ours.tiktoken is None and ours.encode('abc') == [vocab['a'], 257]
     assert as_tiktoken(json.loads(trained()))
+    # 'cd' may not be merged on the way to 'bcd', which comes before it
+    spec['model'] |= {'vocab': vocab | {'bc': 257, 'bcd': 258, 'cd': 259}, 'merges': [['b', 'c'], ['bc', 'd'], ['c', 'd']]}
+    assert HuggingFaceTokenizer('even', json.dumps(spec), 0).encode('bcd cd') == [258, vocab['Ġ'], 259]
     for change in ({'normalizer': {'type': 'NFC'}},
                    {'added_tokens': [{'id': 1500, 'content': '    ', 'special': False, 'single_word': False, 'lstrip': False,
                                       'rstrip': False, 'normalized': False}]}):
@@ -228,7 +232,8 @@ def test_half_a_surrogate_pair_is_no_reason_to_stop(tokenizer):
     ('gpt3', "tokenizer='gpt3' is not known; choose bytes, .*gpt2"), ('bpe:100', 'trained by prepare.py'),
     ('nobody/nothing', 'the Hugging Face hub did not give it'), ('empty', 'holds neither a tokenizer.json nor'),
     ('noise', 'neither a tokenizer.json nor a SentencePiece model'), ('half.json', 'is not a tokenizer.json'),
-    ('other.json', 'is not a tokenizer.json'), ('wordpiece.json', 'is a WordPiece'), ('no_eot.json', '--eot_token')])
+    ('other.json', 'is not a tokenizer.json'), ('wordpiece.json', 'is a WordPiece'),
+    ('unigram.json', 'is a Unigram'), ('odd.json', 'not a tokenizer.json'), ('no_eot.json', '--eot_token')])
 def test_what_is_no_tokenizer_is_refused(tmp_path, monkeypatch, name, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'empty').mkdir()
@@ -239,6 +244,9 @@ def test_what_is_no_tokenizer_is_refused(tmp_path, monkeypatch, name, words):
     (tmp_path / 'wordpiece.json').write_text(json.dumps(spec | {
         'model': {'type': 'WordPiece', 'vocab': spec['model']['vocab'], 'unk_token': 'a', 'continuing_subword_prefix': '##',
                   'max_input_chars_per_word': 100}, 'decoder': {'type': 'WordPiece', 'prefix': '##', 'cleanup': True}}))
+    unigram = {'type': 'Unigram', 'vocab': [['a', -1.0]], 'unk_id': 0}
+    (tmp_path / 'unigram.json').write_text(json.dumps(spec | {'model': unigram}))
+    (tmp_path / 'odd.json').write_text(json.dumps(spec | {'added_tokens': [{'id': 0, 'content': '</s>', 'special': True}]}))
     model = spec['model'] | {'vocab': {t: i for t, i in spec['model']['vocab'].items() if i}}
     (tmp_path / 'no_eot.json').write_text(json.dumps(spec | {'added_tokens': [], 'model': model}))
     with pytest.raises(UserError, match=words):
