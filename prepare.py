@@ -373,7 +373,9 @@ def inspect_data(which):
     file = random.choice(list(meta['files']))
     ids = np.memmap(os.path.join(folder, file), dtype, 'r')
     start = random.randrange(max(1, len(ids) - 200))
-    print(f'\n{file} from token {start:,} on:\n--------\n{tok.decode(ids[start:start + 200].tolist())}\n--------')
+    shown = ids[start:start + 200]
+    texts = [tok.decode(part.tolist()) for part in np.split(shown, np.flatnonzero(shown == meta['eot_id']) + 1)]
+    print(f'\n{file} from token {start:,} on:\n--------\n' + '[end of text]\n'.join(texts) + '\n--------')
 
 
 def check_file(path, entry, dtype, vocab_size):

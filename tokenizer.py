@@ -398,7 +398,7 @@ def _fetch(repository):
         import huggingface_hub
     except ImportError:
         raise UserError(f"tokenizer='{repository}' is on the Hugging Face hub, which needs a package: "
-                        'pip install huggingface_hub') from None
+                        'pip install tokenizers') from None
     try:
         folder = huggingface_hub.snapshot_download(
             repository, allow_patterns=['tokenizer.json', 'tokenizer_config.json', 'tokenizer.model'])

@@ -462,7 +462,8 @@ def test_nanogpts_files_are_adopted_and_inspected(tmp_path):
     flags = '--n_layer=1 --n_embd=16 --block_size=8 --batch_size=2 --max_iters=1 --eval_iters=1 --sample_interval=0'.split()
     run('train.py', '--dataset=mine', '--out_dir=out/a', *flags, cwd=tmp_path)
     out, _ = run('prepare.py', '--inspect=data/mine', cwd=tmp_path)
-    assert 'ok' in out and 'adopted from theirs' in out and any(word in out for word in ('first', 'second', 'third'))
+    assert 'ok' in out and 'adopted from theirs' in out
+    assert any(f'{word}[end of text]' in out for word in ('first', 'second', 'third'))
     run('prepare.py', '--adopt=theirs', '--tokenizer=bytes', cwd=tmp_path)  # by the folder's own name
     assert (tmp_path / 'data' / 'theirs' / 'meta.json').exists()
 
