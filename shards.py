@@ -321,7 +321,10 @@ class Workers:
         if self.pool is None:
             self.pool = concurrent.futures.ProcessPoolExecutor(self.n, self.context, start_worker, (encoded,))
         try:
+            # workers start as tasks are handed in, and inherit from that moment that an interrupt is not theirs
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
             waiting = {self.pool.submit(function, *task): key for key, task in tasks.items()}
+            signal.signal(signal.SIGINT, handler)
             while waiting:
                 done, _ = concurrent.futures.wait(waiting, progress.interval, concurrent.futures.FIRST_COMPLETED)
                 results |= {waiting.pop(future): future.result() for future in done}
