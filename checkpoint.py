@@ -5,12 +5,14 @@ The one door for checkpoints. A checkpoint is a plain dictionary of tensors, num
     model_config  the model's shape, as `ModelConfig` takes it
     tokenizer     all of it, so that sampling needs nothing else (tokenizer.py)
     config        every setting of the run
-    data          the checksums of the token files it was trained on
+    data          the manifests of the token files it was trained on
+    hardware      what it was trained on, in words
     optimizer, scaler, iter, elapsed, best_val_loss    what a resumed run goes on from
 
 Loading runs with `weights_only=True`: nothing in a file is ever executed.
 """
 
+import json
 import os
 import pickle
 import shutil
@@ -18,12 +20,13 @@ import zipfile
 
 import torch
 
+import huggingface
 from configurator import UserError
 from model import ModelConfig, Transformer
 from tokenizer import tokenizer_from_state
 
 KEYS = {'model': dict, 'model_config': dict, 'tokenizer': dict, 'config': dict, 'optimizer': dict, 'scaler': dict,
-        'data': dict, 'iter': int, 'elapsed': float, 'best_val_loss': float}
+        'data': dict, 'hardware': str, 'iter': int, 'elapsed': float, 'best_val_loss': float}
 
 
 def save(path, also=(), **checkpoint):
@@ -72,12 +75,35 @@ def load(path):
     return checkpoint
 
 
-def load_model(path):
-    """The checkpoint at `path` as (model, tokenizer, the checkpoint itself), the model on the CPU, ready to sample from."""
-    checkpoint = load(path)
-    model = Transformer(model_config(checkpoint, path))
-    load_weights(model, checkpoint, path)
+def load_any(name):
+    """
+    What a model's name stands for: the file of a checkpoint, the folder of a run, and else what huggingface.py loads, which
+    has the keys model, model_config, tokenizer and config only.
+    """
+    latest = os.path.join(name, 'ckpt.pt')
+    if os.path.isfile(latest):
+        return load(latest)
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, 'config.json')):
+        raise UserError(f"'{name}' is no model: the folder holds neither ckpt.pt nor config.json")
+    return huggingface.load(name) if os.path.isdir(name) or huggingface.hub_id(name) else load(name)
+
+
+def load_model(name):
+    """The model of that name (see `load_any`) as (model, tokenizer, checkpoint), on the CPU, ready to sample from."""
+    checkpoint = load_any(name)
+    model = Transformer(model_config(checkpoint, name))
+    load_weights(model, checkpoint, name)
     return model.eval(), tokenizer_from_state(checkpoint['tokenizer']), checkpoint
+
+
+def read_log(out_dir, last_iter):
+    """The records of a run's log.jsonl up to a step; none where there is no log."""
+    path = os.path.join(out_dir, 'log.jsonl')
+    if not os.path.isfile(path):
+        return []
+    with open(path, encoding='utf-8') as f:
+        records = [json.loads(line) for line in f if line.endswith('\n')]  # a crash may have cut the last
+    return [record for record in records if record['iter'] <= last_iter]
 
 
 def model_config(checkpoint, path):

@@ -85,6 +85,9 @@ class Split:
         """
         meta, folder = read_meta(name), folder_of(name)
         self.name, self.block_size, self.vocab_size = name, block_size, meta['vocab_size']
+        source = meta.get('plan', {}).get('settings', {}).get('source', '')
+        public = source if source.startswith(('hf:', 'https:')) else ''
+        self.manifest = {'note': meta.get('note', ''), 'source': public, 'files': meta['files']}  # what a checkpoint keeps
         self.moves = stride == 0
         self.stride = stride or block_size
         entries = {f: entry for f, entry in sorted(meta['files'].items()) if f.startswith(split) and f.endswith('.bin')}

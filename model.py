@@ -3,6 +3,7 @@ One Transformer that is GPT-2 or Llama by a few switches.
 
     GPT-2   norm='layernorm' mlp='gelu'   pos='learned' bias=True  tie_weights=True     Radford et al. 2019
     Llama   norm='rmsnorm'   mlp='swiglu' pos='rope'    bias=False n_kv_head<n_head     Touvron et al. 2023
+    Mistral the same with sliding_window                                                Jiang et al. 2023
 
 Shapes are written with these letters:
 
@@ -36,6 +37,8 @@ class ModelConfig:
     mlp: str = 'gelu'           # gelu | swiglu
     pos: str = 'learned'        # learned | rope
     rope_theta: float = 10000.0
+    rope_scaling: str = ''      # linear:FACTOR | llama3:FACTOR,LOW,HIGH,CONTEXT (see rope_frequencies)
+    sliding_window: int = 0     # tokens that attention reaches back, its own included; 0 = all
     bias: bool = True           # in the linear layers and in layernorm
     tie_weights: bool = True    # the output layer is the token embedding
     dropout: float = 0.0
@@ -43,7 +46,7 @@ class ModelConfig:
 
     def __post_init__(self):
         for least, *names in ((1, 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'),
-                              (0, 'n_kv_head', 'n_inner', 'init_std', 'norm_eps', 'rope_theta')):
+                              (0, 'n_kv_head', 'n_inner', 'init_std', 'norm_eps', 'rope_theta', 'sliding_window')):
             for name in names:
                 if getattr(self, name) < least:
                     raise ValueError(f'{name} {getattr(self, name)} is less than {least}')
@@ -59,6 +62,7 @@ class ModelConfig:
                              f'makes heads of {self.head_size}')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout {self.dropout} is not within 0 <= dropout < 1')
+        parse_rope_scaling(self.rope_scaling)
         for name, known in (('norm', NORMS), ('mlp', MLPS), ('pos', POSITIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f'{name} {getattr(self, name)!r} is none of {", ".join(known)}')
@@ -103,6 +107,41 @@ class LearnedPositions(nn.Module):
         return q, k
 
 
+def parse_rope_scaling(text):
+    """'linear:2' → ('linear', [2.0]), '' → ('', []). Raises ValueError for what is no scaling."""
+    kind, _, numbers = text.partition(':')
+    try:
+        numbers = [float(n) for n in numbers.split(',')] if text else []
+        right = kind == 'linear' and len(numbers) == 1 or kind == 'llama3' and len(numbers) == 4 and numbers[1] < numbers[2]
+    except ValueError:
+        right = False
+    if text and not (right and numbers[0] >= 1):
+        raise ValueError(f'rope_scaling {text!r} is neither linear:FACTOR nor llama3:FACTOR,LOW,HIGH,CONTEXT, with a factor '
+                         'of 1 or more and LOW below HIGH')
+    return kind, numbers
+
+
+def rope_frequencies(config):
+    """
+    The angle, in radians per token, by which each pair of dimensions turns (hs/2,). `rope_scaling` slows them down, so
+    that a model reaches further than the context it was first trained with:
+
+    linear:FACTOR                   all of them (Chen et al. 2023)
+    llama3:FACTOR,LOW,HIGH,CONTEXT  those that turn less than LOW times within CONTEXT tokens; not those that turn more
+                                    than HIGH times; in between, partly (Grattafiori et al. 2024, and Llama 3.1's code)
+    """
+    frequency = 1 / config.rope_theta ** (torch.arange(0, config.head_size, 2).float() / config.head_size)
+    kind, numbers = parse_rope_scaling(config.rope_scaling)
+    if kind == 'linear':
+        frequency = frequency / numbers[0]
+    if kind == 'llama3':
+        factor, low, high, context = numbers
+        turns = context * frequency / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
+    return frequency
+
+
 class RotaryPositions(nn.Module):
     """
     Queries and keys are turned by angles that grow with their position, so that their products depend on distances
@@ -111,8 +150,7 @@ class RotaryPositions(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        frequency = config.rope_theta ** (-torch.arange(0, config.head_size, 2).float() / config.head_size)  # (hs/2,)
-        angle = torch.outer(torch.arange(config.block_size).float(), frequency).repeat(1, 2)  # (block_size, hs)
+        angle = torch.outer(torch.arange(config.block_size).float(), rope_frequencies(config)).repeat(1, 2)  # (block_size, hs)
         self.register_buffer('cos', angle.cos(), persistent=False)
         self.register_buffer('sin', angle.sin(), persistent=False)
 
@@ -129,6 +167,13 @@ class RotaryPositions(nn.Module):
         return (x * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
 
 
+def sliding_mask(T, window, device):
+    """Which keys (columns) each query sees: itself and the `window` - 1 before it, (T, T); None where that is all."""
+    if not 0 < window < T:
+        return None
+    return torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(1 - window)
+
+
 class Attention(nn.Module):
     """Causal self-attention; `n_head / n_kv_head` query heads share each key and value head."""
 
@@ -143,12 +188,12 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, positions):
+    def forward(self, x, positions, mask):
         B, T, C = x.shape
         q, k, v = (part.view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nh or nkv, T, hs)
                    for part in self.c_attn(x).split(self.sizes, dim=-1))
         q, k = positions.rotate(q, k)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped,
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
@@ -196,8 +241,8 @@ class Block(nn.Module):
         self.norm_2 = NORMS[config.norm](config)
         self.mlp = MLPS[config.mlp](config)
 
-    def forward(self, x, positions):
-        x = x + self.attn(self.norm_1(x), positions)
+    def forward(self, x, positions, mask):
+        x = x + self.attn(self.norm_1(x), positions, mask)
         x = x + self.mlp(self.norm_2(x))
         return x
 
@@ -238,9 +283,10 @@ class Transformer(nn.Module):
         """
         if idx.size(1) > self.config.block_size:
             raise ValueError(f'{idx.size(1)} tokens are more than block_size {self.config.block_size}')
+        mask = sliding_mask(idx.size(1), self.config.sliding_window, idx.device)
         x = self.drop(self.positions.embed(self.wte(idx)))  # (B, T, C)
         for block in self.h:
-            x = block(x, self.positions)
+            x = block(x, self.positions, mask)
         logits = self.lm_head(self.norm_f(x))  # (B, T, V)
         if targets is None:
             return logits
@@ -255,7 +301,8 @@ class Transformer(nn.Module):
         c = self.config
         matrices = self.count_parameters() - (c.block_size * c.n_embd if c.pos == 'learned' else 0)
         matrices -= 0 if c.tie_weights else c.vocab_size * c.n_embd  # looking up an embedding multiplies nothing
-        return 6 * matrices + 12 * c.n_layer * c.n_embd * c.block_size
+        reach = min(c.sliding_window or c.block_size, c.block_size)
+        return 6 * matrices + 12 * c.n_layer * c.n_embd * reach
 
 
 # Generation is a ladder: logits → probabilities → the next token → a sequence of them.

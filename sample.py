@@ -1,16 +1,17 @@
 """
-Generates text from a checkpoint, which needs nothing beside it.
+Generates text from a checkpoint, which needs nothing beside it, or from a model in Hugging Face's form.
 
     python sample.py                                                      # from the default run of train.py
     python sample.py --out_dir=out/mini_owl --prompt='In the bakery' --temperature=0
-    python sample.py --checkpoint=out/gpt2/best.pt --prompt_file=beginning.txt --num_samples=3 --top_p=0.9
+    python sample.py --init_from=out/gpt2/best.pt --prompt_file=beginning.txt --num_samples=3 --top_p=0.9
+    python sample.py --init_from=HuggingFaceTB/SmolLM2-135M --prompt='Bread is'
 """
 
 from configurator import UserError, configure
 
 # ---- settings
 out_dir = 'out/stdlib'  # the run whose latest checkpoint writes
-checkpoint = ''  # or the path of any checkpoint
+init_from = ''  # or any checkpoint's path, or a folder in Hugging Face's form, or a model's id on its hub
 prompt = ''  # what the text continues; '' = it begins from end-of-text, as a new document
 prompt_file = ''  # a file that holds the prompt
 num_samples = 1  # continuations of the prompt, one after the other
@@ -28,7 +29,7 @@ import os
 
 import torch
 
-import checkpoint as checkpoints
+import checkpoint
 from device import autocast, pick_device, pick_dtype
 from model import generate
 
@@ -60,7 +61,7 @@ check_settings()
 text = read_prompt()
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
-model, tokenizer, _ = checkpoints.load_model(checkpoint or os.path.join(out_dir, 'ckpt.pt'))
+model, tokenizer, _ = checkpoint.load_model(init_from or os.path.join(out_dir, 'ckpt.pt'))
 model.to(device)
 ids = torch.tensor([tokenizer.beginning(text)], device=device)
 for i in range(num_samples):

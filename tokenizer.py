@@ -23,6 +23,7 @@ import numpy as np
 from configurator import UserError
 
 STATE_FILE = 'tokenizer.state.json'  # beside a data set's tokens
+FILES = ['tokenizer.json', 'tokenizer_config.json', 'tokenizer.model', 'chat_template.jinja']  # of a folder in their form
 PIECE = 2**20  # characters; a longer text is encoded in pieces
 BEFORE_WORD = r'\S(?= )|\S\n(?=\w)'  # ends where no token of a byte-level BPE crosses: before a blank or a line's first word
 BEFORE_BLANK = r'\S(?= \w)'  # before a single blank: what follows it gets the dummy prefix in its place
@@ -68,8 +69,18 @@ class Tokenizer:
         return lambda i: decoder.decode(self.decode_bytes([i]))
 
     def fingerprint(self):
-        state = {key: value for key, value in self.state().items() if key != 'name'}
+        state = {key: value for key, value in self.state().items() if key not in ('name', 'beside')}
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
+
+    def probes(self):
+        """Texts that spell every token, to compare two tokenizers by."""
+        tokens = [self.decode_bytes([i]).decode('utf-8', errors='replace') for i in range(self.vocab_size)]
+        return [''.join(tokens), ' '.join(reversed(tokens)), '\n'.join(tokens)]
+
+    def agrees_with(self, other):
+        """Whether both give the same ids: they are one, or do so for texts that spell every token of the other."""
+        return self.fingerprint() == other.fingerprint() or all(self.encode(text) == other.encode(text)
+                                                                for text in other.probes())
 
     def no_special(self):
         raise UserError(f'parse_special=True: the tokenizer {self.name} has no special tokens that a text can spell')
@@ -159,9 +170,12 @@ class HuggingFaceTokenizer(Tokenizer):
     that gives the same ids for certain.
     """
 
-    def __init__(self, name, text, eot_id, bos_id=None):
-        """`text`: of tokenizer.json. Raises UserError for kinds of tokenizer that do not give the text back."""
-        self.name, self.json, self.eot_id, self.bos_id = name, text, eot_id, bos_id
+    def __init__(self, name, text, eot_id, bos_id=None, beside=()):
+        """
+        `text`: of tokenizer.json; `beside`: what else came with it, to be handed on: a chat_template (text), a
+        tokenizer.model (base64). Raises UserError for kinds of tokenizer that do not give the text back.
+        """
+        self.name, self.json, self.eot_id, self.bos_id, self.beside = name, text, eot_id, bos_id, dict(beside)
         spec = json.loads(text)
         model, kinds = spec['model'], _kinds(spec['decoder'])
         if model.get('type', 'BPE') != 'BPE' or not kinds & {'ByteLevel', 'ByteFallback', 'Metaspace'}:
@@ -193,7 +207,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if self.tiktoken and not special:
             return self.tiktoken.encode_ordinary(text)
         if self.slow is None:
-            self.slow = _tokenizers(self.name).Tokenizer.from_str(self.json)
+            self.slow = tokenizers_package(self.name).Tokenizer.from_str(self.json)
             self.slow.no_truncation()
             self.slow.no_padding()
         self.slow.encode_special_tokens = not special
@@ -208,10 +222,12 @@ class HuggingFaceTokenizer(Tokenizer):
         return b''.join(self.bytes_of[i] for i in ids)
 
     def state(self):
-        return {'kind': 'huggingface', 'name': self.name, 'json': self.json, 'eot_id': self.eot_id, 'bos_id': self.bos_id}
+        return {'kind': 'huggingface', 'name': self.name, 'json': self.json, 'eot_id': self.eot_id, 'bos_id': self.bos_id,
+                'beside': self.beside}
 
 
-def _tokenizers(name):
+def tokenizers_package(name):
+    """The package `tokenizers`, which the tokenizer called `name` needs."""
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')  # prepare.py has processes enough
     try:
         import tokenizers
@@ -362,7 +378,7 @@ def load_tokenizer(name, eot_token=''):
     if not os.path.exists(name) and not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
         raise UserError(f"tokenizer='{name}' is not known; choose bytes, {', '.join(known)}, bpe:SIZE, the path of a "
                         'tokenizer.json or SentencePiece model, or a Hugging Face id such as HuggingFaceTB/cosmo2-tokenizer')
-    path = _tokenizer_file(name) if os.path.exists(name) else _fetch(name)
+    path = _tokenizer_file(name if os.path.exists(name) else from_hub(name, FILES, f"tokenizer='{name}'"))
     try:
         with open(path, 'rb') as f:
             data = f.read()
@@ -376,8 +392,11 @@ def load_tokenizer(name, eot_token=''):
         spec = json.loads(data)
         if 'kind' in spec:
             return tokenizer_from_state(spec)
+        model = os.path.join(os.path.dirname(path), 'tokenizer.model')
+        if spec['model'].get('type') == 'Unigram' and os.path.isfile(model):  # which is read from SentencePiece's own file
+            return load_tokenizer(model)
         eot_id, bos_id = _document_ids(name, spec, os.path.join(os.path.dirname(path), 'tokenizer_config.json'), eot_token)
-        return HuggingFaceTokenizer(name, data.decode(), eot_id, bos_id)
+        return HuggingFaceTokenizer(name, data.decode(), eot_id, bos_id, _beside(os.path.dirname(path)))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"tokenizer='{name}' is not a tokenizer.json ({type(e).__name__}: {e})") from None
 
@@ -392,20 +411,36 @@ def _tokenizer_file(path):
     raise UserError(f"tokenizer='{path}': the folder holds neither a tokenizer.json nor a tokenizer.model")
 
 
-def _fetch(repository):
-    """The tokenizer's file of a repository on the Hugging Face hub, from the cache or the network."""
+def from_hub(repository, files, what):
+    """The folder that holds `files` (patterns) of a Hugging Face repository, from the cache or the network."""
     try:
         import huggingface_hub
     except ImportError:
-        raise UserError(f"tokenizer='{repository}' is on the Hugging Face hub, which needs a package: "
-                        'pip install tokenizers') from None
+        raise UserError(f'{what} is on the Hugging Face hub, which needs a package: pip install tokenizers') from None
     try:
-        folder = huggingface_hub.snapshot_download(
-            repository, allow_patterns=['tokenizer.json', 'tokenizer_config.json', 'tokenizer.model'])
+        return huggingface_hub.snapshot_download(repository, allow_patterns=files, ignore_patterns=['*/*', 'consolidated*'])
     except (OSError, ValueError) as e:  # its own errors are of these kinds, and so are those of the network
-        raise UserError(f"tokenizer='{repository}': there is no such file or folder here, and the Hugging Face hub did not "
-                        f'give it ({type(e).__name__}); check the name, or the network') from None
-    return _tokenizer_file(folder)
+        raise UserError(f'{what}: there is no such file or folder here, and the Hugging Face hub did not give it '
+                        f'({type(e).__name__}); check the name, or the network') from None
+
+
+def _beside(folder):
+    """What a tokenizer.json does not hold and lies beside it: the chat template and SentencePiece's own model."""
+    found, config = {}, {}
+    for file in FILES[1:]:
+        path = os.path.join(folder, file)
+        if os.path.isfile(path):
+            with open(path, 'rb') as f:
+                data = f.read()
+            if file == 'tokenizer_config.json':
+                config = json.loads(data)
+            elif file == 'tokenizer.model':
+                found[file] = base64.b64encode(data).decode()
+            else:
+                found['chat_template'] = data.decode()
+    if isinstance(config.get('chat_template'), str):
+        found.setdefault('chat_template', config['chat_template'])
+    return found
 
 
 def _document_ids(name, spec, config_path, eot_token):
@@ -425,7 +460,7 @@ def _document_ids(name, spec, config_path, eot_token):
         raise UserError(f"tokenizer='{name}' has no {eot_token or 'end-of-text token that is known here'}; name the one that "
                         'ends a document with --eot_token')
     # what the tokenizer's own convention puts before a text
-    tokenizers = _tokenizers(name)
+    tokenizers = tokenizers_package(name)
     try:
         first = tokenizers.Tokenizer.from_str(json.dumps(spec)).encode('a').ids[:1]
     except Exception as e:  # the package has no other kind
@@ -441,7 +476,7 @@ def train_bpe(texts, vocab_size, special_tokens):
     `vocab_size` counts the 256 bytes and `special_tokens`, which get the first ids and must hold '<|endoftext|>'.
     """
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
-    tokenizers = _tokenizers(f'bpe:{vocab_size}')
+    tokenizers = tokenizers_package(f'bpe:{vocab_size}')
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -462,7 +497,7 @@ def tokenizer_from_state(state):
         ranks = {base64.b64decode(token): int(i) for token, i in pairs}
         return TiktokenTokenizer(state['name'], state['pattern'], ranks, state['special'])
     if kind == 'huggingface':
-        return HuggingFaceTokenizer(state['name'], state['json'], state['eot_id'], state['bos_id'])
+        return HuggingFaceTokenizer(state['name'], state['json'], state['eot_id'], state['bos_id'], state.get('beside', ()))
     if kind == 'sentencepiece':
         return SentencePieceTokenizer(state['name'], base64.b64decode(state['model']))
     raise UserError(f"this file's tokenizer is of the kind {kind!r}, which this version does not know")

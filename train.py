@@ -14,7 +14,8 @@ from configurator import UserError, configure
 
 # ---- the run
 out_dir = 'out/stdlib'  # checkpoints and log.jsonl go here
-init_from = 'scratch'  # scratch, resume (what out_dir holds), or a checkpoint's path: its weights begin a new run
+init_from = 'scratch'  # scratch, resume (what out_dir holds), or what gives its weights to a new run: a checkpoint's
+                       # path, a folder in Hugging Face's form, or a model's id on its hub (gpt2, HuggingFaceTB/SmolLM2-135M)
 eval_interval = 300  # steps between evaluations
 eval_iters = 20  # batches of batch_size in an evaluation, always the same ones
 log_interval = 10  # steps between lines of the log
@@ -34,7 +35,7 @@ stride = 0  # tokens between the starts of two training windows; 0 = block_size,
 batch_size = 16  # windows in a micro-batch
 gradient_accumulation_steps = 1  # times batch_size = windows in a step, over all processes together
 # ---- model (model.py); the defaults are a small Llama
-vocab_size = 0  # 0 = the data's; more pads the embedding
+vocab_size = 0  # 0 = the data's, or of init_from's model; more pads the embedding
 n_layer = 4  # blocks
 n_head = 4  # query heads
 n_kv_head = 2  # key/value heads; 0 = n_head
@@ -45,6 +46,8 @@ norm_eps = 1e-5  # added under the norms' square root
 mlp = 'swiglu'  # gelu | swiglu
 pos = 'rope'  # learned | rope
 rope_theta = 10000.0  # rope's base
+rope_scaling = ''  # linear:FACTOR or llama3:FACTOR,LOW,HIGH,CONTEXT: rope slowed down to reach further; '' = as it is
+sliding_window = 0  # tokens that attention reaches back; 0 = the whole block
 bias = False  # biases in the linear layers and in layernorm
 tie_weights = True  # the output layer shares the token embedding's matrix
 dropout = 0.0  # share of activations zeroed while training
@@ -88,6 +91,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import huggingface
 from dataset import Split, TrainingOrder, folder_of, hash_ints, parse_mix, read_ahead, read_meta, read_tokenizer, val_batches
 from device import autocast, device_name, distributed, peak_flops, pick_device, pick_dtype, synchronize
 from model import ModelConfig, Transformer, generate
@@ -111,8 +115,9 @@ def former_run():
     latest = os.path.join(out_dir, 'ckpt.pt')
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise UserError(f"out_dir='{out_dir}' is a file; choose another --out_dir")
-    if init_from not in ('scratch', 'resume') and not os.path.isfile(init_from):
-        raise UserError(f"init_from='{init_from}' is neither scratch, nor resume, nor a checkpoint that is there")
+    if init_from not in ('scratch', 'resume') and not os.path.exists(init_from) and not huggingface.hub_id(init_from):
+        raise UserError(f"init_from='{init_from}' is neither scratch, nor resume, nor a checkpoint or folder that is there, "
+                        'nor an id on the Hugging Face hub such as HuggingFaceTB/SmolLM2-135M')
     if init_from == 'resume':
         if not os.path.exists(latest):
             raise UserError(f"init_from='resume', but out_dir='{out_dir}' holds no ckpt.pt; start with --init_from=scratch")
@@ -120,11 +125,14 @@ def former_run():
     if os.path.exists(latest):
         raise UserError(f"out_dir='{out_dir}' holds a run already; continue it with --init_from=resume, or choose another "
                         '--out_dir')
-    return (None, '') if init_from == 'scratch' else (checkpoint.load(init_from), init_from)
+    return (None, '') if init_from == 'scratch' else (checkpoint.load_any(init_from), init_from)
 
 
 def take_over_settings(loaded, path):
-    """What is not said anew is as it was: all of a run's settings on a resume, else those of the model."""
+    """
+    What is not said anew is as it was: all of a run's settings on a resume, else those of the model. A new run may change
+    what no weights depend on, and shorten the context (or, with rope, lengthen it).
+    """
     changed = []
     for key, value in loaded['config'].items():
         if key not in config or key in OF_THE_MACHINE or init_from != 'resume' and key not in MODEL_SETTINGS:
@@ -135,8 +143,12 @@ def take_over_settings(loaded, path):
             changed.append(f'changed: {key} was {value!r}, is now {config[key]!r} ({config.source[key]})')
     former = checkpoint.model_config(loaded, path)
     was, now = dataclasses.asdict(former), dataclasses.asdict(model_config(former.vocab_size))
+    free = {'dropout', 'init_std'}
+    if init_from != 'resume':
+        free |= {'sliding_window', 'rope_theta', 'rope_scaling'}
+        free |= {'block_size'} if former.pos == 'rope' or block_size <= former.block_size else set()
     for key in MODEL_SETTINGS:
-        if was[key] != now[key] and key not in ('dropout', 'init_std'):
+        if was[key] != now[key] and key not in free:
             raise UserError(f'{key} is {now[key]!r} ({config.source[key]}), but the model in {path} has {was[key]!r}; '
                             'leave it out, or train another model from scratch')
     for line in changed:
@@ -358,11 +370,13 @@ if ddp:
 metas, train_splits, val_splits = open_data(names)
 meta = metas[0]
 tokenizer = tokenizer_from_state(loaded['tokenizer']) if loaded else read_tokenizer(names[0], meta)
-if tokenizer.fingerprint() != meta['tokenizer']['fingerprint']:
+if tokenizer.fingerprint() != meta['tokenizer']['fingerprint'] and not (
+        loaded and tokenizer.agrees_with(read_tokenizer(names[0], meta))):
     whose = f'{loaded_path} was trained with' if loaded else 'here it is now'
     raise UserError(f"data set {names[0]} was prepared with tokenizer {meta['tokenizer']['name']}, but {whose} tokenizer "
-                    f'{tokenizer.name}, whose ids are others; prepare the data again')
-checksums = {name: {file: entry['sha256'] for file, entry in m['files'].items()} for name, m in zip(names, metas)}
+                    f'{tokenizer.name}, whose ids are others; prepare the data again' +
+                    (f' with --tokenizer={init_from}' if loaded and init_from != 'resume' else ''))
+manifests = {split.name: split.manifest for split in train_splits}
 order = TrainingOrder(train_splits, weights, total_batch, seed)
 
 # ---- model and optimizer
@@ -374,7 +388,10 @@ if shape.vocab_size < meta['vocab_size']:
 torch.manual_seed(seed)
 raw_model = Transformer(shape).to(device)  # the plain module, whose names checkpoints use
 first_iter, elapsed, best_val_loss = 0, 0.0, math.inf
+begun_from, hardware = init_from, f'{world_size} x {device_name(device)}'
 if loaded:
+    if shape.pos == 'learned':
+        loaded['model']['positions.weight'] = loaded['model']['positions.weight'][:block_size]
     checkpoint.load_weights(raw_model, loaded, loaded_path)
 opt = make_optimizer(optimizer, raw_model, learning_rate, beta1, beta2, weight_decay, device)
 scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
@@ -386,9 +403,11 @@ if resumes:
     if loaded['scaler'] and scaler.is_enabled():
         scaler.load_state_dict(loaded['scaler'])
     first_iter, elapsed, best_val_loss = loaded['iter'], loaded['elapsed'], loaded['best_val_loss']
+    begun_from = loaded['config']['init_from']
+    hardware = loaded['hardware'] if loaded['hardware'].endswith(hardware) else f"{loaded['hardware']}, then {hardware}"
     if first_iter > max_iters:
         raise UserError(f'max_iters={max_iters} is less than the {first_iter} steps that {loaded_path} has done')
-    if loaded['data'] != checksums:
+    if loaded['data'] != manifests:
         say(f'changed: the token files of {dataset} are not those that the run began with')
 del loaded
 wants_compile = device.startswith('cuda') if compile == 'auto' else compile
@@ -432,7 +451,8 @@ for it in range(first_iter, max_iters + 1):
             also = ['best.pt'] * improved + [f'ckpt_{it}.pt'] * bool(keep_every and it % keep_every == 0)
             checkpoint.save(os.path.join(out_dir, 'ckpt.pt'), [os.path.join(out_dir, name) for name in also],
                             model=raw_model.state_dict(), model_config=dataclasses.asdict(shape),
-                            tokenizer=tokenizer.state(), config=config | {'dtype': dtype}, data=checksums,
+                            tokenizer=tokenizer.state(), config=config | {'dtype': dtype, 'init_from': begun_from},
+                            data=manifests, hardware=hardware,
                             optimizer=opt.state_dict(), scaler=scaler.state_dict(), iter=it,
                             elapsed=elapsed + time.perf_counter() - started, best_val_loss=best_val_loss)
         if rank == 0 and samples:

@@ -4,8 +4,8 @@ Minueza-32M, a Mistral-shaped model of 32,792,760 parameters, made to chat in a 
     python train.py config/minueza32m_base.py
 
 Source: the published configuration of Felladrin/Minueza-32M-Base and the story of its making: learning rate 5e-5, batches
-of 8 * 2048 tokens, nine data sets interleaved, about 650 million tokens. Its attention reaches back 1024 tokens; here it
-reaches over the whole block. No loss was published; schedule, warm-up, weight decay and betas are this recipe's own.
+of 8 * 2048 tokens, nine data sets interleaved, about 650 million tokens. Its attention reaches back 1024 tokens. No loss
+was published; schedule, warm-up, weight decay and betas are this recipe's own.
 
 Needs the data sets, each prepared with Mistral's tokenizer.model; `dataset` then names them with their weights, as in
 'a:0.7 b:0.3'. The vocabulary has room for the two tokens of ChatML that the second part adds.
@@ -30,6 +30,7 @@ norm = 'rmsnorm'
 norm_eps = 1e-6
 mlp = 'swiglu'
 pos = 'rope'
+sliding_window = 1024
 tie_weights = False
 
 learning_rate = 5e-5

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from huggingface import to_ours, to_theirs
 from model import ModelConfig, Transformer
 
 TINY_GPT2 = dict(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_embd=32, bias=True)
@@ -25,58 +26,28 @@ def make(settings):
 
 
 def reference(model):
-    """Hugging Face's model of the same shape with the same weights, and which of its parameters each of ours became."""
+    """Hugging Face's model of the same shape with the same weights."""
     transformers = pytest.importorskip('transformers')
     c = model.config
-    ours = dict(model.named_parameters())
     if c.pos == 'learned':
         hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
             vocab_size=c.vocab_size, n_positions=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
             resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
-        table = {'wte.weight': ['transformer.wte.weight'], 'positions.weight': ['transformer.wpe.weight']}
-        for name in ours:
-            if name.startswith(('h.', 'norm_f.')):
-                theirs = name.replace('norm_1', 'ln_1').replace('norm_2', 'ln_2').replace('norm_f', 'ln_f')
-                table[name] = ['transformer.' + theirs]
     else:
         hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(
             vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_inner, num_hidden_layers=c.n_layer,
             num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.block_size,
             rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, tie_word_embeddings=c.tie_weights))
-        table = {'wte.weight': ['model.embed_tokens.weight'], 'norm_f.weight': ['model.norm.weight'],
-                 'lm_head.weight': ['lm_head.weight']}
-        for i in range(c.n_layer):
-            at = f'model.layers.{i}.'
-            table |= {f'h.{i}.norm_1.weight': [at + 'input_layernorm.weight'],
-                      f'h.{i}.attn.c_attn.weight': [at + f'self_attn.{x}_proj.weight' for x in 'qkv'],
-                      f'h.{i}.attn.c_proj.weight': [at + 'self_attn.o_proj.weight'],
-                      f'h.{i}.norm_2.weight': [at + 'post_attention_layernorm.weight'],
-                      f'h.{i}.mlp.c_gate_up.weight': [at + f'mlp.{x}_proj.weight' for x in ('gate', 'up')],
-                      f'h.{i}.mlp.c_proj.weight': [at + 'mlp.down_proj.weight']}
-    theirs = dict(hf.named_parameters())
-    assert {t for name in ours for t in table[name]} == set(theirs)  # every parameter of theirs, and each once
-
-    def in_our_form(get):
-        """Their tensors under our names and in our layout; GPT-2's linear layers are stored transposed."""
-        out = {}
-        for name in ours:
-            parts = torch.cat([get(theirs[t]) for t in table[name]])
-            out[name] = parts.T if c.pos == 'learned' and name.startswith('h.') and parts.dim() == 2 else parts
-        return out
-
-    with torch.no_grad():
-        for name, p in ours.items():
-            targets = [theirs[t] for t in table[name]]
-            value = p.T if c.pos == 'learned' and name.startswith('h.') and p.dim() == 2 else p
-            for target, part in zip(targets, value.split([len(t) for t in targets])):
-                target.copy_(part)
-    return hf.eval(), in_our_form
+    theirs = to_theirs(model.state_dict(), c)
+    assert theirs.keys() == dict(hf.named_parameters()).keys()  # every parameter of theirs, and each once
+    hf.load_state_dict(theirs, strict=not c.tie_weights)
+    return hf.eval()
 
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_logits_and_gradients_equal_hugging_faces(family):
     model = make(FAMILIES[family])
-    hf, in_our_form = reference(model)
+    hf = reference(model)
     idx = torch.randint(0, 96, (3, 32))
     assert torch.allclose(model(idx), hf(idx).logits, atol=1e-4, rtol=0)
     targets = idx.roll(-1, dims=1)
@@ -84,7 +55,7 @@ def test_logits_and_gradients_equal_hugging_faces(family):
     model(idx, targets).backward()
     hf_loss = torch.nn.functional.cross_entropy(hf(idx).logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
     hf_loss.backward()
-    gradients = in_our_form(lambda p: p.grad)
+    gradients = to_ours({name: p.grad for name, p in hf.named_parameters()}, model.config)
     for name, p in model.named_parameters():  # to a ten-thousandth of the largest entry, in every parameter
         assert torch.allclose(p.grad, gradients[name], atol=1e-4 * gradients[name].abs().max(), rtol=0), name
 

@@ -64,7 +64,7 @@ def test_the_owl_is_recited_from_its_first_words(place):
     shutil.copy(place / 'out' / 'mini_owl' / 'ckpt.pt', bare / 'owl.pt')
     story = (ROOT / 'data' / 'owl.txt').read_text()
     (bare / 'beginning.txt').write_text('In the bakery')
-    greedy = ('--checkpoint=owl.pt', '--temperature=0')
+    greedy = ('--init_from=owl.pt', '--temperature=0')
     for how in ('--prompt=In the bakery', '--prompt_file=beginning.txt'):
         out, _ = run('sample.py', *greedy, how, cwd=bare)
         assert out == story + '\n'  # it begins with the prompt, and ends at end-of-text

@@ -1,0 +1,159 @@
+"""
+Writes a trained model as a Hugging Face folder: weights, configuration, tokenizer and model card.
+
+    python export.py --out_dir=out/stdlib --hf_dir=hf/stdlib                          # the latest checkpoint of a run
+    python export.py --init_from=out/gpt2/best.pt --hf_dir=hf/gpt2 --dtype=bfloat16   # another one, in half the bytes
+    hf upload me/my-model hf/stdlib                                                   # then, if you like, to the hub
+
+transformers opens the folder as it is, and llama.cpp, ONNX and others go on from there (README.md, "Everywhere").
+"""
+
+from configurator import UserError, configure
+
+# ---- settings
+out_dir = 'out/stdlib'  # the run whose latest checkpoint is exported
+init_from = ''  # or any checkpoint's path, or a folder in Hugging Face's form, or a model's id on its hub
+hf_dir = ''  # the folder to write; '' = hf/ and the run's name
+overwrite = False  # replace what hf_dir holds
+dtype = 'float32'  # float32 | bfloat16 | float16: of the weights; training keeps them in float32
+license = ''  # for the model card: mit, apache-2.0, ...; '' = none is stated
+language = ''  # for the model card: en, de, ...; '' = none is stated
+# ----
+config = configure(globals())
+
+import json
+import os
+import shutil
+
+import checkpoint
+import huggingface
+
+
+def model_card(name, model, tokenizer, loaded, log):
+    """The card's text, in Markdown: what the model is, what it was made of and how, how to use it, and its limits."""
+    c, run = model.config, loaded['config']
+    trained = 'iter' in loaded  # else it came from a folder, and nothing is known of its training
+    family = {'gpt2': 'GPT-2', 'llama': 'Mistral' if c.sliding_window else 'Llama'}[huggingface.family_of(c)]
+    base = run.get('init_from', 'scratch')
+    base = base if base == 'scratch' or huggingface.hub_id(base) and not os.path.exists(base) else ''
+    data = loaded.get('data', {})
+    sources = [entry['source'] for entry in data.values()]
+    about = {'library_name': 'transformers', 'pipeline_tag': 'text-generation', 'license': license, 'language': language,
+             'base_model': huggingface.hub_id(base),
+             'datasets': [source[3:] for source in sources if source.startswith('hf:')], 'tags': ['sourdough', family.lower()]}
+    lines = ['---', *(f'{key}: {json.dumps(value)}' for key, value in about.items() if value), '---', '', f'# {name}', '']
+    lines += [f'A {family} of {model.count_parameters():,} parameters' +
+              (', trained' * trained) + (' from nothing' if base == 'scratch' else f' from {base or "another model"}') +
+              ' with sourdough.', '', '## The model', '']
+    lines += table(layers=c.n_layer, width=c.n_embd, feed_forward=c.n_inner, heads=c.n_head, key_value_heads=c.n_kv_head,
+                   context=f'{c.block_size:,} tokens', vocabulary=f'{tokenizer.vocab_size:,} ({tokenizer.name})',
+                   norm=c.norm, activation=c.mlp, positions=c.pos, biases=c.bias, tied_embeddings=c.tie_weights,
+                   weights=dtype)
+    if trained:
+        lines += card_of_the_run(model, loaded, log)
+    lines += ['', '## How to use it', '', '```python', 'from transformers import AutoModelForCausalLM, AutoTokenizer', '',
+              f"tokenizer = AutoTokenizer.from_pretrained('{name}')", f"model = AutoModelForCausalLM.from_pretrained('{name}')",
+              f"inputs = tokenizer({run.get('sample_prompt') or 'Once'!r}, return_tensors='pt')",
+              'ids = model.generate(**inputs, max_new_tokens=100, do_sample=True, temperature=0.8)',
+              'print(tokenizer.decode(ids[0], skip_special_tokens=True))', '```', '', '## What it must not be trusted with', '',
+              *limits(model, loaded)]
+    return '\n'.join(lines) + '\n'
+
+
+def table(**rows):
+    return ['| | |', '| --- | --- |', *(f'| {key.replace("_", " ")} | {value} |' for key, value in rows.items())]
+
+
+def card_of_the_run(model, loaded, log):
+    """The card's part on data, training and losses."""
+    run, it = loaded['config'], loaded['iter']
+    per_step = run['batch_size'] * run['gradient_accumulation_steps'] * run['block_size']
+    lines = ['', '## The data', '', '| data set | what it is | split | tokens | documents | bytes of text | sha256 |',
+             '| --- | --- | --- | --- | --- | --- | --- |']
+    for name, entry in loaded['data'].items():
+        for split in ('train', 'val'):
+            files = [file for file in entry['files'] if file.startswith(split)]
+            if files:
+                tokens, documents, size = (sum(entry['files'][file][key] for file in files)
+                                           for key in ('tokens', 'documents', 'bytes'))
+                hashes = f"{entry['files'][files[0]]['sha256'][:16]}..." + f' and {len(files) - 1} more' * (len(files) > 1)
+                what = ', '.join(filter(None, (entry['note'], entry['source'])))
+                lines.append(f'| {name} | {what} | {split} | {tokens:,} | {documents:,} | {size:,} | `{hashes}` |')
+    lines += ['', '## The training', '']
+    lines += table(data=run['dataset'], tokens_seen=f'{it * per_step:,} ({it:,} steps of {per_step:,}, in windows of '
+                   f"{run['block_size']:,})", tokens_per_parameter=f'{it * per_step / model.count_parameters():.1f}',
+                   optimizer=f"{run['optimizer']}, betas {run['beta1']} and {run['beta2']}, weight decay "
+                   f"{run['weight_decay']}, gradients clipped at {run['grad_clip']}",
+                   learning_rate=f"{run['learning_rate']}, {run['schedule']} to {run['min_lr']} over "
+                   f"{run['lr_decay_iters'] or run['max_iters']:,} steps, {run['warmup_iters']:,} of them warm-up",
+                   dropout=run['dropout'], precision=run['dtype'], seed=run['seed'],
+                   hardware=loaded['hardware'] or 'not recorded', time=f"{loaded['elapsed'] / 3600:.2f} hours")
+    train = [record for record in log if 'loss' in record]
+    val = [record for record in log if 'val_loss' in record]
+    if train or val:
+        lines += ['', '## The losses', '']
+        shown = {'training_loss': f"{train[-1]['loss']:.4f} nats per token (step {train[-1]['iter']:,})"} if train else {}
+        if val:
+            shown |= {'validation_loss': f"{val[-1]['val_loss']:.4f} nats per token (step {val[-1]['iter']:,})",
+                      'perplexity': f"{val[-1]['val_ppl']:.2f}", 'bits_per_byte': f"{val[-1]['val_bpb']:.4f}"}
+        lines += table(**shown)
+        if draw_losses(train, val, os.path.join(unfinished, 'loss.png')):
+            lines += ['', '![loss by tokens seen](loss.png)']
+    return lines
+
+
+def limits(model, loaded):
+    """What the model must not be trusted with, as sentences."""
+    lines = ['It continues text as its training text would go on. It does not know what is true, was shown no instructions to '
+             'follow or refuse, and repeats the errors, prejudices and, at times, the very words of what it read. Do not use '
+             'what it writes unread; not as a fact, as advice (medical, legal or any other), as code to run, or to decide '
+             'anything about people.']
+    if 'iter' in loaded:
+        run, read = loaded['config'], sum(entry['tokens'] for d in loaded['data'].values()
+                                          for file, entry in d['files'].items() if file.startswith('train'))
+        seen = loaded['iter'] * run['batch_size'] * run['gradient_accumulation_steps'] * run['block_size']
+        if seen < 20 * model.count_parameters():
+            lines += ['', f'It saw {seen / model.count_parameters():.1f} tokens per parameter, where about 20 would be the '
+                      'best use of the same computation (Hoffmann et al. 2022): a smaller model might do as well.']
+        if seen > 4 * read:
+            lines += ['', f'It read its {read:,} training tokens {seen / read:.0f} times over: expect it to recite them.']
+    return lines
+
+
+def draw_losses(train, val, path):
+    """The loss curves as a picture; False, with one line, where matplotlib is not there."""
+    try:
+        import matplotlib
+    except ImportError:
+        print('loss.png is left out: it needs matplotlib (pip install matplotlib)')
+        return False
+    matplotlib.use('agg')
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')
+    axes.plot([r['tokens'] for r in train], [r['loss'] for r in train], linewidth=0.8, alpha=0.6, label='training, by step')
+    if val:
+        axes.plot([r['tokens'] for r in val], [r['val_loss'] for r in val], marker='o', markersize=3, label='validation')
+    axes.set(xlabel='tokens seen', ylabel='loss, nats per token')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+source = init_from or os.path.join(out_dir, 'ckpt.pt')
+run_dir = out_dir if not init_from else init_from if os.path.isdir(init_from) else os.path.dirname(init_from)
+hf_dir = hf_dir or os.path.join('hf', os.path.basename(os.path.normpath(run_dir if os.path.isdir(run_dir) else init_from)))
+if os.path.exists(hf_dir) and not overwrite:
+    raise UserError(f"hf_dir='{hf_dir}' is there already; --overwrite replaces it")
+model, tokenizer, loaded = checkpoint.load_model(source)
+log = checkpoint.read_log(run_dir, loaded['iter']) if 'iter' in loaded else []
+unfinished = f'{hf_dir}.unfinished'
+shutil.rmtree(unfinished, ignore_errors=True)
+model = huggingface.write(unfinished, model, tokenizer, dtype)
+with open(os.path.join(unfinished, 'README.md'), 'w', encoding='utf-8') as f:
+    f.write(model_card(os.path.basename(os.path.normpath(hf_dir)), model, tokenizer, loaded, log))
+shutil.rmtree(hf_dir, ignore_errors=True)
+os.replace(unfinished, hf_dir)
+size = sum(os.path.getsize(os.path.join(hf_dir, file)) for file in os.listdir(hf_dir))
+print(f'{hf_dir}: {model.count_parameters():,} parameters as {dtype}, {size / 1e6:.1f} MB: '
+      f'{", ".join(sorted(os.listdir(hf_dir)))}')
