@@ -32,98 +32,136 @@ import sys
 import checkpoint
 import huggingface
 
+CARD = """\
+---
+{metadata}
+---
+
+# {name}
+
+{summary}
+
+## The model
+
+{shape}
+
+## How to use it
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained('{name}')
+model = AutoModelForCausalLM.from_pretrained('{name}')
+inputs = tokenizer({prompt!r}, return_tensors='pt')
+ids = model.generate(**inputs, max_new_tokens=100, do_sample=True, temperature=0.8)
+print(tokenizer.decode(ids[0], skip_special_tokens=True))
+```
+{run}
+## What it must not be trusted with
+
+It continues text as the text that it read would go on. It does not know what is true, and it repeats the errors, the
+prejudices and at times the very words of what it read. Do not use what it writes unread: not as a fact, not as advice
+(medical, legal or any other), not as code to run, not to decide anything about people.
+{limits}"""
+
+RUN = """
+## The data
+
+{data}
+
+## The training
+
+{training}
+
+## The losses
+
+{losses}
+"""
+
 
 def model_card(name, model, tokenizer, loaded, log):
-    """The card's text, in Markdown: what the model is, what it was made of and how, how to use it, and its limits."""
-    c, run = model.config, loaded['config']
-    trained = 'iter' in loaded  # else it came from a folder, and nothing is known of its training
-    family = {'gpt2': 'GPT-2', 'llama': 'Mistral' if c.sliding_window else 'Llama'}[huggingface.family_of(c)]
-    base = run.get('init_from', 'scratch')
-    base = base if base == 'scratch' or huggingface.hub_id(base) and not os.path.exists(base) else ''
-    data = loaded.get('data', {})
-    sources = [entry['source'] for entry in data.values()]
-    about = {'library_name': 'transformers', 'pipeline_tag': 'text-generation', 'license': license, 'language': language,
-             'base_model': huggingface.hub_id(base),
-             'datasets': [source[3:] for source in sources if source.startswith('hf:')], 'tags': ['sourdough', family.lower()]}
-    lines = ['---', *(f'{key}: {json.dumps(value)}' for key, value in about.items() if value), '---', '', f'# {name}', '']
-    lines += [f'A {family} of {model.count_parameters():,} parameters' +
-              (', trained' * trained) + (' from nothing' if base == 'scratch' else f' from {base or "another model"}') +
-              ' with sourdough.', '', '## The model', '']
-    lines += table(layers=c.n_layer, width=c.n_embd, feed_forward=c.n_inner, heads=c.n_head, key_value_heads=c.n_kv_head,
-                   context=f'{c.block_size:,} tokens', vocabulary=f'{tokenizer.vocab_size:,} ({tokenizer.name})',
-                   norm=c.norm, activation=c.mlp, positions=c.pos, biases=c.bias, tied_embeddings=c.tie_weights,
-                   weights=dtype)
+    """The text of the card: what the model is, how to use it, what it was made of and how, and its limits."""
+    c, n, run = model.config, model.count_parameters(), loaded['config']
+    kind = {'gpt2': 'GPT-2', 'llama': 'Mistral' if c.sliding_window else 'Llama'}[huggingface.family_of(c)]
+    metadata = {'library_name': 'transformers', 'pipeline_tag': 'text-generation', 'license': license, 'language': language,
+                'tags': ['sourdough', kind.lower()]}
+    trained = 'iter' in loaded  # else it comes from a folder, and nothing is known of its training
     if trained:
-        lines += card_of_the_run(model, loaded, log)
-    lines += ['', '## How to use it', '', '```python', 'from transformers import AutoModelForCausalLM, AutoTokenizer', '',
-              f"tokenizer = AutoTokenizer.from_pretrained('{name}')", f"model = AutoModelForCausalLM.from_pretrained('{name}')",
-              f"inputs = tokenizer({run.get('sample_prompt') or 'Once'!r}, return_tensors='pt')",
-              'ids = model.generate(**inputs, max_new_tokens=100, do_sample=True, temperature=0.8)',
-              'print(tokenizer.decode(ids[0], skip_special_tokens=True))', '```', '', '## What it must not be trusted with', '',
-              *limits(model, loaded)]
-    return '\n'.join(lines) + '\n'
+        base = run['init_from']
+        base = base if base == 'scratch' or huggingface.hub_id(base) and not os.path.exists(base) else 'another model'
+        origin = 'trained from nothing' if base == 'scratch' else f'trained on from {base}'
+        metadata |= {'base_model': huggingface.hub_id(base),
+                     'datasets': [d['source'][3:] for d in loaded['data'].values() if d['source'].startswith('hf:')]}
+        seen = loaded['iter'] * tokens_per_step(run)
+        read = sum(entry['tokens'] for d in loaded['data'].values() for file, entry in d['files'].items()
+                   if file.startswith('train'))
+    else:
+        origin = f'written anew from {public(init_from)}'
+    limits = ''
+    if trained and base == 'scratch' and seen < 20 * n:
+        limits += (f'\nIt saw {seen / n:.1f} tokens per parameter, where about 20 would be the best use of the same\n'
+                   'computation (Hoffmann et al. 2022): a smaller model might do as well.\n')
+    if trained and seen > 4 * read:
+        limits += f'\nIt read its {read:,} training tokens {seen / read:.0f} times over: expect it to recite them.\n'
+    return CARD.format(
+        metadata='\n'.join(f'{key}: {json.dumps(value)}' for key, value in metadata.items() if value),
+        name=name, summary=f'A {kind} of {n:,} parameters, {origin} with sourdough.',
+        shape=table(('', ''), ('layers', c.n_layer), ('width', c.n_embd), ('feed-forward', c.n_inner), ('heads', c.n_head),
+                    ('key/value heads', c.n_kv_head), ('context', f'{c.block_size:,} tokens'),
+                    ('vocabulary', f'{c.vocab_size:,} ({public(tokenizer.name)})'), ('norm', c.norm), ('activation', c.mlp),
+                    ('positions', c.pos), ('biases', c.bias), ('tied embeddings', c.tie_weights), ('weights', dtype)),
+        prompt=run.get('sample_prompt') or 'Once', run=card_of_the_run(loaded, n, log) if trained else '', limits=limits)
 
 
-def table(**rows):
-    return ['| | |', '| --- | --- |', *(f'| {key.replace("_", " ")} | {value} |' for key, value in rows.items())]
-
-
-def card_of_the_run(model, loaded, log):
+def card_of_the_run(loaded, n, log):
     """The card's part on data, training and losses."""
-    run, it = loaded['config'], loaded['iter']
-    per_step = run['batch_size'] * run['gradient_accumulation_steps'] * run['block_size']
-    lines = ['', '## The data', '', '| data set | what it is | split | tokens | documents | bytes of text | sha256 |',
-             '| --- | --- | --- | --- | --- | --- | --- |']
-    for name, entry in loaded['data'].items():
+    run, data = loaded['config'], [('data set', 'what it is', 'split', 'tokens', 'documents', 'bytes of text', 'sha256')]
+    for name, d in loaded['data'].items():
         for split in ('train', 'val'):
-            files = [file for file in entry['files'] if file.startswith(split)]
-            if files:
-                tokens, documents, size = (sum(entry['files'][file][key] for file in files)
-                                           for key in ('tokens', 'documents', 'bytes'))
-                hashes = f"{entry['files'][files[0]]['sha256'][:16]}..." + f' and {len(files) - 1} more' * (len(files) > 1)
-                what = ', '.join(filter(None, (entry['note'], entry['source'])))
-                lines.append(f'| {name} | {what} | {split} | {tokens:,} | {documents:,} | {size:,} | `{hashes}` |')
-    lines += ['', '## The training', '']
-    lines += table(data=run['dataset'], tokens_seen=f'{it * per_step:,} ({it:,} steps of {per_step:,}, in windows of '
-                   f"{run['block_size']:,})", tokens_per_parameter=f'{it * per_step / model.count_parameters():.1f}',
-                   optimizer=f"{run['optimizer']}, betas {run['beta1']} and {run['beta2']}, weight decay "
-                   f"{run['weight_decay']}, gradients clipped at {run['grad_clip']}",
-                   learning_rate=f"{run['learning_rate']}, {run['schedule']} to {run['min_lr']} over "
-                   f"{run['lr_decay_iters'] or run['max_iters']:,} steps, {run['warmup_iters']:,} of them warm-up",
-                   dropout=run['dropout'], precision=run['dtype'], seed=run['seed'],
-                   hardware=loaded['hardware'] or 'not recorded',
-                   time=f"{loaded['elapsed'] / 3600:.1f} hours" if loaded['elapsed'] > 7200 else
-                   f"{loaded['elapsed'] / 60:.1f} minutes")
-    train = [record for record in log if 'loss' in record]
-    val = [record for record in log if 'val_loss' in record]
-    if train or val:
-        lines += ['', '## The losses', '']
-        shown = {'training_loss': f"{train[-1]['loss']:.4f} nats per token (step {train[-1]['iter']:,})"} if train else {}
-        if val:
-            shown |= {'validation_loss': f"{val[-1]['val_loss']:.4f} nats per token (step {val[-1]['iter']:,})",
-                      'perplexity': f"{val[-1]['val_ppl']:.2f}", 'bits_per_byte': f"{val[-1]['val_bpb']:.4f}"}
-        lines += table(**shown)
-        if draw_losses(train, val, os.path.join(unfinished, 'loss.png')):
-            lines += ['', '![loss by tokens seen](loss.png)']
-    return lines
+            entries = [entry for file, entry in d['files'].items() if file.startswith(split)]
+            if entries:
+                more = f' and {len(entries) - 1} more' if len(entries) > 1 else ''
+                data.append((public(name), ', '.join(filter(None, (d['note'], d['source']))), split,
+                             *(f'{sum(entry[key] for entry in entries):,}' for key in ('tokens', 'documents', 'bytes')),
+                             f"`{entries[0]['sha256'][:16]}...`{more}"))
+    seen, minutes = loaded['iter'] * tokens_per_step(run), loaded['elapsed'] / 60
+    training = table(
+        ('', ''), ('mixture', ' '.join(map(public, run['dataset'].split()))),
+        ('tokens seen', f"{seen:,} ({loaded['iter']:,} steps of {tokens_per_step(run):,})"), ('window', run['block_size']),
+        ('tokens per parameter', f'{seen / n:.1f}'),
+        ('optimizer', f"{run['optimizer']}, betas {run['beta1']} and {run['beta2']}, weight decay {run['weight_decay']}, "
+                      f"gradients clipped at {run['grad_clip']}"),
+        ('learning rate', f"{run['learning_rate']}, {run['schedule']} to {run['min_lr']} over "
+                          f"{run['lr_decay_iters'] or run['max_iters']:,} steps, {run['warmup_iters']:,} of them warm-up"),
+        ('dropout', run['dropout']), ('precision', run['dtype']), ('seed', run['seed']),
+        ('hardware', loaded['hardware'] or 'not recorded'),
+        ('time', f'{minutes:.1f} minutes' if minutes < 120 else f'{minutes / 60:.1f} hours'))
+    train, val = ([record for record in log if record.get(key) is not None] for key in ('loss', 'val_loss'))
+    losses = [('', '')]
+    if train:
+        losses.append(('training loss', f"{train[-1]['loss']:.4f} nats per token (step {train[-1]['iter']:,})"))
+    if val:
+        losses += [('validation loss', f"{val[-1]['val_loss']:.4f} nats per token (step {val[-1]['iter']:,})"),
+                   ('perplexity', f"{val[-1]['val_ppl']:.2f}"), ('bits per byte', f"{val[-1]['val_bpb']:.4f}")]
+    pictured = (train or val) and draw_losses(train, val, os.path.join(unfinished, 'loss.png'))
+    return RUN.format(data=table(*data), training=training,
+                      losses=(table(*losses) if train or val else 'The log is not at hand.') +
+                             ('\n\n![loss by tokens seen](loss.png)' if pictured else ''))
 
 
-def limits(model, loaded):
-    """What the model must not be trusted with, as sentences."""
-    lines = ['It continues text as its training text would go on. It does not know what is true, was shown no instructions to '
-             'follow or refuse, and repeats the errors, prejudices and, at times, the very words of what it read. Do not use '
-             'what it writes unread; not as a fact, as advice (medical, legal or any other), as code to run, or to decide '
-             'anything about people.']
-    if 'iter' in loaded:
-        run, read = loaded['config'], sum(entry['tokens'] for d in loaded['data'].values()
-                                          for file, entry in d['files'].items() if file.startswith('train'))
-        seen = loaded['iter'] * run['batch_size'] * run['gradient_accumulation_steps'] * run['block_size']
-        if seen < 20 * model.count_parameters():
-            lines += ['', f'It saw {seen / model.count_parameters():.1f} tokens per parameter, where about 20 would be the '
-                      'best use of the same computation (Hoffmann et al. 2022): a smaller model might do as well.']
-        if seen > 4 * read:
-            lines += ['', f'It read its {read:,} training tokens {seen / read:.0f} times over: expect it to recite them.']
-    return lines
+def tokens_per_step(run):
+    return run['batch_size'] * run['gradient_accumulation_steps'] * run['block_size']
+
+
+def public(name):
+    """A name without this machine's folders: of a path its last part; an id on the hub stays."""
+    return name if huggingface.hub_id(name) and not os.path.exists(name) else os.path.basename(os.path.normpath(name))
+
+
+def table(*rows):
+    """Rows of cells as a Markdown table, the first being its head."""
+    lines = ['| ' + ' | '.join(str(cell).replace('|', r'\|').replace('\n', ' ') for cell in row) + ' |' for row in rows]
+    return '\n'.join([lines[0], '|' + ' --- |' * len(rows[0]), *lines[1:]])
 
 
 def draw_losses(train, val, path):
@@ -195,6 +233,8 @@ run_dir = out_dir if not init_from else init_from if os.path.isdir(init_from) el
 hf_dir = hf_dir or os.path.join('hf', os.path.basename(os.path.normpath(run_dir if os.path.isdir(run_dir) else init_from)))
 if os.path.exists(hf_dir) and not overwrite:
     raise UserError(f"hf_dir='{hf_dir}' is there already; --overwrite replaces it")
+if os.path.exists(hf_dir) and not os.path.isfile(os.path.join(hf_dir, 'config.json')):
+    raise UserError(f"hf_dir='{hf_dir}' holds no exported model, and --overwrite would destroy it; choose another --hf_dir")
 if gguf:
     llama_cpp()  # which may be missing
 model, tokenizer, loaded = checkpoint.load_model(source)

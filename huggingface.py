@@ -113,14 +113,14 @@ def to_theirs(weights, config):
 
 
 def to_ours(weights, config):
-    """The inverse of `to_theirs`; a tied output layer is the embedding again."""
+    """The inverse of `to_theirs`, which empties `weights` to save memory; a tied output layer is the embedding again."""
     family, out = family_of(config), {}
     for name in _empty(config).state_dict():
         if name == 'lm_head.weight' and config.tie_weights:
             out[name] = out['wte.weight']
             continue
         theirs, transposed = _theirs(name, family)
-        parts = [weights[their] for their in theirs]
+        parts = [weights.pop(their) for their in theirs]
         out[name] = torch.cat(parts) if len(parts) > 1 else parts[0].T.contiguous() if transposed else parts[0]
     return out
 
@@ -149,6 +149,10 @@ def load(name):
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
     tokenizer.name = name
+    known = [i for i in range(tokenizer.vocab_size) if tokenizer.decode_bytes([i])] + [tokenizer.eot_id, tokenizer.bos_id or 0]
+    if max(known) >= config.vocab_size:  # special tokens beyond may be: none of them comes from a text
+        raise UserError(f'{folder}: the tokenizer has ids up to {max(known)}, but the model knows {config.vocab_size}; the '
+                        'two do not belong together')
     weights = to_ours(read_weights(folder, config), config)
     return {'model': weights, 'model_config': dataclasses.asdict(config), 'tokenizer': tokenizer.state(),
             'config': dataclasses.asdict(config)}
@@ -303,26 +307,24 @@ def _safetensors():
 def write(folder, model, tokenizer, dtype='float32'):
     """
     Writes config.json, generation_config.json, model.safetensors and the tokenizer into `folder`, made where it is missing.
-    Returns the model as it was written: rows of the vocabulary that the tokenizer does not know are cut, and GPT-2 has
-    biases of zero where it had none, since theirs always has them.
+    Returns a model of the shape that was written, without its weights: rows of the vocabulary that the tokenizer does not
+    know are cut, and GPT-2 has biases of zero where it had none, since theirs always has them.
 
     Raises UserError for a model or a tokenizer that has no form there.
     """
     safetensors = _safetensors()
-    family = family_of(model.config)
+    family, weights = family_of(model.config), model.state_dict()
     config = dataclasses.replace(model.config, vocab_size=min(model.config.vocab_size, tokenizer.vocab_size),
                                  bias=model.config.bias or family == 'gpt2')
-    written = Transformer(config)
-    weights = model.state_dict()
-    with torch.no_grad():
-        for name, p in written.state_dict().items():
-            p.copy_(weights[name][:len(p)]) if name in weights else p.zero_()
+    written = _empty(config)
+    weights = {name: weights[name][:len(p)] if name in weights else torch.zeros(p.shape)
+               for name, p in written.state_dict().items()}
     files = tokenizer_files(tokenizer, config) | config_files(tokenizer, config, dtype)
     os.makedirs(folder, exist_ok=True)
     for file, data in files.items():
         with open(os.path.join(folder, file), 'wb') as f:
             f.write(data)
-    theirs = {name: p.to(getattr(torch, dtype)).contiguous() for name, p in to_theirs(written.state_dict(), config).items()}
+    theirs = {name: p.to(getattr(torch, dtype)).contiguous() for name, p in to_theirs(weights, config).items()}
     path = os.path.join(folder, 'model.safetensors')
     safetensors.torch.save_file(theirs, path, {'format': 'pt'})
     shutil.copymode(os.path.join(folder, 'config.json'), path)  # else it is for its owner's eyes only

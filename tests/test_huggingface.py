@@ -323,6 +323,7 @@ BAD = {
     'quantised': (lambda f: break_config(f, quantization_config={'bits': 4}), 'quantised weights cannot be loaded'),
     'code of its own': (lambda f: break_config(f, auto_map={'AutoModel': 'x.Y'}), 'a model with code of its own'),
     'no width': (lambda f: break_config(f, hidden_size=None), 'hidden_size is missing'),
+    "another model's tokenizer": (lambda f: add_tokenizer(f, trained()), 'has ids up to 1499, but the model knows 96;'),
     'no tokenizer': (lambda f: (f / 'tokenizer.json').unlink(), 'holds neither a tokenizer.json nor a tokenizer.model'),
 }
 
