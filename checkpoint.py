@@ -85,7 +85,12 @@ def load_any(name):
         return load(latest)
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, 'config.json')):
         raise UserError(f"'{name}' is no model: the folder holds neither ckpt.pt nor config.json")
-    return huggingface.load(name) if os.path.isdir(name) or huggingface.hub_id(name) else load(name)
+    if os.path.isdir(name) or not os.path.exists(name) and huggingface.hub_id(name):
+        return huggingface.load(name)
+    if not os.path.exists(name) and not name.endswith('.pt'):
+        raise UserError(f"init_from='{name}' is neither a checkpoint nor a folder that is there, nor an id on the Hugging Face "
+                        'hub such as HuggingFaceTB/SmolLM2-135M')
+    return load(name)
 
 
 def load_model(name):

@@ -50,8 +50,9 @@ CARD = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained('{name}')
-model = AutoModelForCausalLM.from_pretrained('{name}')
+name = '{name}'  # the path of this folder, or its id on the hub
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name)
 inputs = tokenizer({prompt!r}, return_tensors='pt')
 ids = model.generate(**inputs, max_new_tokens=100, do_sample=True, temperature=0.8)
 print(tokenizer.decode(ids[0], skip_special_tokens=True))
@@ -88,15 +89,15 @@ def model_card(name, model, tokenizer, loaded, log):
     trained = 'iter' in loaded  # else it comes from a folder, and nothing is known of its training
     if trained:
         base = run['init_from']
-        base = base if base == 'scratch' or huggingface.hub_id(base) and not os.path.exists(base) else 'another model'
-        origin = 'trained from nothing' if base == 'scratch' else f'trained on from {base}'
-        metadata |= {'base_model': huggingface.hub_id(base),
+        origin = 'trained from nothing' if base == 'scratch' else \
+            f"trained on from {'another run' if base.endswith('.pt') else public(base)}"
+        metadata |= {'base_model': '' if os.path.exists(base) else huggingface.hub_id(base),
                      'datasets': [d['source'][3:] for d in loaded['data'].values() if d['source'].startswith('hf:')]}
         seen = loaded['iter'] * tokens_per_step(run)
         read = sum(entry['tokens'] for d in loaded['data'].values() for file, entry in d['files'].items()
                    if file.startswith('train'))
     else:
-        origin = f'written anew from {public(init_from)}'
+        origin = f'copied from {public(init_from)}'
     limits = ''
     if trained and base == 'scratch' and seen < 20 * n:
         limits += (f'\nIt saw {seen / n:.1f} tokens per parameter, where about 20 would be the best use of the same\n'
@@ -109,7 +110,8 @@ def model_card(name, model, tokenizer, loaded, log):
         shape=table(('', ''), ('layers', c.n_layer), ('width', c.n_embd), ('feed-forward', c.n_inner), ('heads', c.n_head),
                     ('key/value heads', c.n_kv_head), ('context', f'{c.block_size:,} tokens'),
                     ('vocabulary', f'{c.vocab_size:,} ({public(tokenizer.name)})'), ('norm', c.norm), ('activation', c.mlp),
-                    ('positions', c.pos), ('biases', c.bias), ('tied embeddings', c.tie_weights), ('weights', dtype)),
+                    ('positions', c.pos), ('biases', 'yes' if c.bias else 'no'),
+                    ('tied embeddings', 'yes' if c.tie_weights else 'no'), ('weights', dtype)),
         prompt=run.get('sample_prompt') or 'Once', run=card_of_the_run(loaded, n, log) if trained else '', limits=limits)
 
 
@@ -229,24 +231,33 @@ def write_gguf(folder, model, path):
 
 
 source = init_from or os.path.join(out_dir, 'ckpt.pt')
-run_dir = out_dir if not init_from else init_from if os.path.isdir(init_from) else os.path.dirname(init_from)
-hf_dir = hf_dir or os.path.join('hf', os.path.basename(os.path.normpath(run_dir if os.path.isdir(run_dir) else init_from)))
+folder = os.path.dirname(source) if source.endswith('.pt') else source
+hf_dir = hf_dir or os.path.join('hf', public(folder or source))
 if os.path.exists(hf_dir) and not overwrite:
     raise UserError(f"hf_dir='{hf_dir}' is there already; --overwrite replaces it")
 if os.path.exists(hf_dir) and not os.path.isfile(os.path.join(hf_dir, 'config.json')):
     raise UserError(f"hf_dir='{hf_dir}' holds no exported model, and --overwrite would destroy it; choose another --hf_dir")
 if gguf:
     llama_cpp()  # which may be missing
+    if os.path.exists(gguf) and not overwrite:
+        raise UserError(f"gguf='{gguf}' is there already; --overwrite replaces it")
+    if not os.path.isdir(os.path.dirname(gguf) or '.'):
+        raise UserError(f"gguf='{gguf}': there is no folder {os.path.dirname(gguf)}")
 model, tokenizer, loaded = checkpoint.load_model(source)
 if gguf and model.config.mlp == 'gelu' and model.config.n_inner != 4 * model.config.n_embd:
     raise UserError(f"gguf='{gguf}': llama.cpp wants GPT-2's n_inner to be 4 * n_embd {model.config.n_embd}, and it is "
                     f'{model.config.n_inner}')
-log = checkpoint.read_log(run_dir, loaded['iter']) if 'iter' in loaded else []
-unfinished = f'{hf_dir}.unfinished'
+unfinished = f'{os.path.normpath(hf_dir)}.unfinished'
 shutil.rmtree(unfinished, ignore_errors=True)
 model = huggingface.write(unfinished, model, tokenizer, dtype)
-with open(os.path.join(unfinished, 'README.md'), 'w', encoding='utf-8') as f:
-    f.write(model_card(os.path.basename(os.path.normpath(hf_dir)), model, tokenizer, loaded, log))
+if 'iter' in loaded or not os.path.isfile(os.path.join(source, 'README.md')):
+    log = checkpoint.read_log(folder, loaded['iter']) if 'iter' in loaded else []
+    with open(os.path.join(unfinished, 'README.md'), 'w', encoding='utf-8') as f:
+        f.write(model_card(os.path.basename(os.path.normpath(hf_dir)), model, tokenizer, loaded, log))
+else:  # the model has a card
+    for file in ('README.md', 'loss.png'):
+        if os.path.isfile(os.path.join(source, file)):
+            shutil.copy(os.path.join(source, file), unfinished)
 shutil.rmtree(hf_dir, ignore_errors=True)
 os.replace(unfinished, hf_dir)
 size = sum(os.path.getsize(os.path.join(hf_dir, file)) for file in os.listdir(hf_dir))
@@ -254,3 +265,4 @@ print(f'{hf_dir}: {model.count_parameters():,} parameters as {dtype}, {size / 1e
       f'{", ".join(sorted(os.listdir(hf_dir)))}')
 if gguf:
     write_gguf(hf_dir, model, gguf)
+    print(f'{gguf}: the same for llama.cpp, {os.path.getsize(gguf) / 1e6:.1f} MB')

@@ -136,7 +136,7 @@ def hub_id(name):
     """The id on the hub that a name stands for, or '' if it stands for none: 'owner/model', or one of GPT-2's four sizes."""
     if re.fullmatch('gpt2(-medium|-large|-xl)?', name):
         return f'openai-community/{name}'
-    return name if re.fullmatch(r'[\w.-]+/[\w.-]+', name) and not name.endswith('.pt') else ''
+    return name if re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name) and not name.endswith('.pt') else ''
 
 
 def load(name):

@@ -375,6 +375,8 @@ def load_tokenizer(name, eot_token=''):
     if name.startswith('bpe:'):
         raise UserError(f"tokenizer='{name}' is trained by prepare.py; a data set's folder holds the one trained for it, and "
                         'can be given as the tokenizer')
+    if not os.path.exists(name) and name[:1] in ('/', '.', '~'):
+        raise UserError(f"tokenizer='{name}': there is no such file or folder")
     if not os.path.exists(name) and not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
         raise UserError(f"tokenizer='{name}' is not known; choose bytes, {', '.join(known)}, bpe:SIZE, the path of a "
                         'tokenizer.json or SentencePiece model, or a Hugging Face id such as HuggingFaceTB/cosmo2-tokenizer')

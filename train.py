@@ -139,7 +139,7 @@ def take_over_settings(loaded, path):
             continue
         if config.source[key] == 'default':
             config[key] = globals()[key] = value
-        elif config[key] != value and init_from == 'resume':
+        elif config[key] != value and (init_from == 'resume' or key not in ('dropout', 'vocab_size')):
             changed.append(f'changed: {key} was {value!r}, is now {config[key]!r} ({config.source[key]})')
     former = checkpoint.model_config(loaded, path)
     was, now = dataclasses.asdict(former), dataclasses.asdict(model_config(former.vocab_size))

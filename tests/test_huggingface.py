@@ -15,7 +15,7 @@ from test_tokenizer import KINDS, ODD, gpt2_json, mistral_json, mistral_model, t
 import checkpoint
 import huggingface
 from configurator import UserError
-from model import ModelConfig, Transformer
+from model import Transformer
 from tokenizer import HuggingFaceTokenizer, load_tokenizer
 
 transformers = pytest.importorskip('transformers')
@@ -246,15 +246,55 @@ def test_a_chat_template_is_handed_on(tmp_path):
         assert theirs.apply_chat_template([{'role': 'user', 'content': 'Hi'}], tokenize=False) == '<user>Hi'
 
 
-def test_the_write_ups_count_of_parameters():
-    """SmolLM2-135M's configuration has 134,515,008 parameters, both here and in transformers."""
-    about = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-                 num_key_value_heads=3, max_position_embeddings=2048, rms_norm_eps=1e-5, tie_word_embeddings=True)
+GPT2_AS_PUBLISHED = {
+    'model_type': 'gpt2', 'activation_function': 'gelu_new', 'architectures': ['GPT2LMHeadModel'], 'attn_pdrop': 0.1,
+    'bos_token_id': 50256, 'embd_pdrop': 0.1, 'eos_token_id': 50256, 'initializer_range': 0.02, 'layer_norm_epsilon': 1e-5,
+    'n_ctx': 1024, 'n_positions': 1024, 'resid_pdrop': 0.1, 'summary_type': 'cls_index', 'vocab_size': 50257}
+LLAMA_AS_PUBLISHED = {
+    'model_type': 'llama', 'architectures': ['LlamaForCausalLM'], 'attention_bias': False, 'hidden_act': 'silu',
+    'initializer_range': 0.02, 'pretraining_tp': 1, 'rms_norm_eps': 1e-5, 'rope_scaling': None, 'tie_word_embeddings': False,
+    'torch_dtype': 'bfloat16', 'use_cache': True, 'vocab_size': 32000, 'max_position_embeddings': 4096}
+
+
+def llama(width, inner, layers, heads, kv, **more):
+    return LLAMA_AS_PUBLISHED | {'hidden_size': width, 'intermediate_size': inner, 'num_hidden_layers': layers,
+                                 'num_attention_heads': heads, 'num_key_value_heads': kv} | more
+
+
+PUBLISHED = {  # configuration, parameters, and what our model makes of the rest
+    'gpt2': (GPT2_AS_PUBLISHED | {'n_embd': 768, 'n_layer': 12, 'n_head': 12}, 124_439_808, {'dropout': 0.1}),
+    'gpt2-medium': (GPT2_AS_PUBLISHED | {'n_embd': 1024, 'n_layer': 24, 'n_head': 16}, 354_823_168, {'block_size': 1024}),
+    'gpt2-large': (GPT2_AS_PUBLISHED | {'n_embd': 1280, 'n_layer': 36, 'n_head': 20}, 774_030_080, {'tie_weights': True}),
+    'gpt2-xl': (GPT2_AS_PUBLISHED | {'n_embd': 1600, 'n_layer': 48, 'n_head': 25}, 1_557_611_200, {'n_inner': 6400}),
+    'SmolLM2-135M': (llama(576, 1536, 30, 9, 3, vocab_size=49152, tie_word_embeddings=True, rope_theta=100000,
+                           max_position_embeddings=8192), 134_515_008, {'rope_theta': 100000.0, 'block_size': 8192}),
+    'TinyLlama-1.1B': (llama(2048, 5632, 22, 32, 4, max_position_embeddings=2048), 1_100_048_384, {'rope_theta': 10000.0}),
+    'Llama-2-7b': (llama(4096, 11008, 32, 32, 32), 6_738_415_616, {'n_kv_head': 32}),
+    'Llama-3.2-1B': (llama(2048, 8192, 16, 32, 8, head_dim=64, vocab_size=128256, tie_word_embeddings=True, rope_theta=500000.0,
+                           max_position_embeddings=131072, mlp_bias=False, rope_scaling={
+                               'factor': 32.0, 'high_freq_factor': 4.0, 'low_freq_factor': 1.0, 'rope_type': 'llama3',
+                               'original_max_position_embeddings': 8192}),
+                     1_235_814_400, {'rope_scaling': 'llama3:32,1,4,8192'}),
+    'Mistral-7B-v0.1': (llama(4096, 14336, 32, 32, 8, model_type='mistral', sliding_window=4096, max_position_embeddings=32768),
+                        7_241_732_096, {'sliding_window': 4096}),
+    'Mistral-7B-v0.2': (llama(4096, 14336, 32, 32, 8, model_type='mistral', sliding_window=None, rope_theta=1000000.0,
+                              max_position_embeddings=32768), 7_241_732_096, {'sliding_window': 0, 'rope_theta': 1e6}),
+    'Minueza-32M': (llama(312, 1092, 10, 12, 4, model_type='mistral', sliding_window=1024, vocab_size=32002, rms_norm_eps=1e-6,
+                          max_position_embeddings=2048), 32_792_760, {'sliding_window': 1024, 'norm_eps': 1e-6}),
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_configurations_have_the_published_number_of_parameters(tmp_path, name):
+    """SmolLM2-135M's 134,515,008 among them; and transformers counts the same."""
+    about, n, settings = PUBLISHED[name]
+    (tmp_path / 'config.json').write_text(json.dumps(about))
+    config = huggingface.read_config(str(tmp_path))
     with torch.device('meta'):
-        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**about))
-        settings = {ours: about.get(name, default) for name, ours, default in huggingface.CONFIG['llama']}
-        ours = Transformer(ModelConfig(**settings, **huggingface.SWITCHES['llama'], bias=False))
-    assert ours.count_parameters() == theirs.num_parameters() == 134_515_008
+        ours = Transformer(config)
+        theirs = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(tmp_path))
+    assert ours.count_parameters() == theirs.num_parameters() == n
+    assert {key: getattr(config, key) for key in settings} == settings
 
 
 # ---- bad input
@@ -371,7 +411,8 @@ def test_a_mixture_that_they_have_no_name_for_is_not_exported(tmp_path, changes,
 def test_a_name_that_is_nowhere(tmp_path):
     for script, name, words in (
             ('sample.py', 'nobody/nothing', "init_from='nobody/nothing': there is no such file or folder here, and the Hu"),
-            ('sample.py', 'gpt2', "init_from='gpt2': there is no such"), ('sample.py', 'gpt3', 'gpt3: there is no checkpoint'),
+            ('sample.py', 'gpt2', "init_from='gpt2': there is no such"), ('sample.py', 'gpt3', "init_from='gpt3' is neither a"),
+            ('sample.py', './hf/x', "init_from='./hf/x' is neither a checkpoint nor a folder that is there"),
             ('export.py', 'out/x/best.pt', 'out/x/best.pt: there is no checkpoint'),
             ('train.py', 'gpt2-small', "init_from='gpt2-small' is neither scratch, nor resume, nor a checkpoint")):
         error = fails(script, f'--init_from={name}', cwd=tmp_path)
@@ -394,8 +435,8 @@ def test_a_model_from_there_is_sampled_fine_tuned_and_exported(place):
     assert out == tokenizer.decode(ids[0]) + '\n'
     (place / 'data').unlink()
     run('prepare.py', str(ROOT / 'data' / 'owl.py'), '--tokenizer=gpt2', '--val_fraction=0.2', cwd=place)
-    args = ('--init_from=gpt2hf', '--dataset=owl', '--block_size=32', '--batch_size=2', '--max_iters=6', '--eval_interval=3',
-            '--sample_interval=0', '--dtype=float32', '--learning_rate=1e-3', '--dropout=0', '--log_interval=1',
+    args = (str(ROOT / 'config' / 'finetune_gpt2.py'), '--init_from=gpt2hf', '--dataset=owl', '--block_size=32',
+            '--batch_size=2', '--gradient_accumulation_steps=1', '--max_iters=6', '--eval_interval=3', '--dtype=float32',
             '--out_dir=out/tuned')
     out, _ = run('train.py', *args, cwd=place)
     assert 'iter 6: val_loss' in out
@@ -419,13 +460,17 @@ def test_a_model_from_there_is_sampled_fine_tuned_and_exported(place):
     assert loaded['iter'] == 8 and difference(ours, again.float(), 50257, T=32) < 0.05
     card = (hf / 'README.md').read_text()
     for words in ('license: "mit"', 'language: "en"', 'library_name: "transformers"', f'A GPT-2 of {again.num_parameters():,} ',
-                  'from another model', '| owl |', '| tokens seen | 512 (8 steps of 64', '1 x ', '| validation loss |',
-                  '![loss by tokens seen](loss.png)', "from_pretrained('tuned')", 'must not be trusted with'):
+                  'trained on from gpt2hf with sourdough', '| owl |', '| tokens seen | 512 (8 steps of 64', '1 x ',
+                  '| validation loss |',
+                  '![loss by tokens seen](loss.png)', "name = 'tuned'", 'must not be trusted with'):
         assert words in card, words
     assert str(place) not in card  # nobody's folders are published
+    assert "'out/tuned' holds no exported model, and --overwrite would destroy it" in fails(
+        'export.py', '--out_dir=out/tuned', '--hf_dir=out/tuned', '--overwrite', cwd=place)
     assert "hf_dir='hf/tuned' is there already; --overwrite replaces it" in fails('export.py', '--out_dir=out/tuned', cwd=place)
     run('export.py', '--init_from=hf/tuned', '--hf_dir=hf/again', '--dtype=bfloat16', cwd=place)
-    for file in ('config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'generation_config.json'):
+    assert len(os.listdir(hf)) == 7 == len(os.listdir(place / 'hf' / 'again'))
+    for file in os.listdir(hf):
         assert (hf / file).read_bytes() == (place / 'hf' / 'again' / file).read_bytes()
     assert sorted(os.listdir(place / 'hf')) == ['again', 'tuned']  # nothing half-written
 
