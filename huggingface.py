@@ -48,7 +48,7 @@ NAMES = {'gpt2': """
     lm_head             lm_head
 """}
 
-# Entries of config.json, our names for them, and what transformers takes where the entry is missing (None: it must be there).
+# Entries of config.json, our names for them, and what stands for a missing one, as in transformers (None: it must be there).
 CONFIG = {'gpt2': (
     ('vocab_size', 'vocab_size', None), ('n_positions', 'block_size', 1024), ('n_embd', 'n_embd', None),
     ('n_layer', 'n_layer', None), ('n_head', 'n_head', None), ('n_inner', 'n_inner', 0),
@@ -139,6 +139,11 @@ def hub_id(name):
     return name if re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name) and not name.endswith('.pt') else ''
 
 
+def public_name(name):
+    """A name that may be published: an id on the hub, or of a path, which is private, the last part."""
+    return (not os.path.exists(name) and hub_id(name)) or os.path.basename(os.path.normpath(name))
+
+
 def load(name):
     """
     The model in folder `name`, or of that id on the hub, as a checkpoint has it: model (float32), model_config, tokenizer
@@ -147,8 +152,9 @@ def load(name):
     folder = name if os.path.isdir(name) else from_hub(
         hub_id(name), ['config.json', 'model*.safetensors', 'model.safetensors.index.json', *FILES], f"init_from='{name}'")
     config = read_config(folder)
-    tokenizer = load_tokenizer(folder)
-    tokenizer.name = name
+    eos = _read_json(os.path.join(folder, 'config.json')).get('eos_token_id')
+    tokenizer = load_tokenizer(folder, eot_id=eos[0] if isinstance(eos, list) and eos else eos)
+    tokenizer.name = public_name(name)
     known = [i for i in range(tokenizer.vocab_size) if tokenizer.decode_bytes([i])] + [tokenizer.eot_id, tokenizer.bos_id or 0]
     if max(known) >= config.vocab_size:  # special tokens beyond may be: none of them comes from a text
         raise UserError(f'{folder}: the tokenizer has ids up to {max(known)}, but the model knows {config.vocab_size}; the '
@@ -167,7 +173,7 @@ def read_config(folder):
         raise UserError(f'{path}: {reason}')
 
     kind = found.get('model_type')
-    if kind not in FAMILY:
+    if not isinstance(kind, str) or kind not in FAMILY:
         refuse(f'model_type {kind!r} is none of {", ".join(FAMILY)}, which is what can be loaded')
     family = FAMILY[kind]
     for key in ('quantization_config', 'auto_map'):
@@ -180,9 +186,13 @@ def read_config(folder):
     settings = dict(SWITCHES[family])
     for theirs, ours, missing in CONFIG[family]:
         value = found.get(theirs)
-        settings[ours] = missing if value is None else value
-        if settings[ours] is None:
+        value = missing if value is None else value
+        if value is None:
             refuse(f'{theirs} is missing')
+        wanted = type(getattr(ModelConfig, ours))
+        if type(value) is not wanted and not (wanted is float and type(value) is int):
+            refuse(f'{theirs} {value!r} is no {wanted.__name__}')
+        settings[ours] = value
     if family == 'gpt2':
         settings['bias'] = True
     else:
@@ -190,32 +200,38 @@ def read_config(folder):
             refuse(f'attention_bias {found.get("attention_bias")} and mlp_bias {found.get("mlp_bias")} differ; biases are '
                    'everywhere here or nowhere')
         settings['bias'] = bool(found.get('attention_bias'))
-        if found.get('head_dim') not in (None, settings['n_embd'] // settings['n_head']):
-            refuse(f"head_dim {found['head_dim']} is not hidden_size {settings['n_embd']} / num_attention_heads "
-                   f"{settings['n_head']}, the only one that can be loaded")
         settings |= _read_rope(found, refuse)
-        if kind == 'mistral':  # transformers' own default is 4096; null is none
+        if kind == 'mistral':  # where transformers has other defaults: a window of 4096, unless it is null, and ...
+            for key in ('num_key_value_heads', 'max_position_embeddings'):
+                if found.get(key) is None:
+                    refuse(f'{key} is missing')
             settings['sliding_window'] = found.get('sliding_window', 4096) or 0
     try:
-        return ModelConfig(**settings)
+        config = ModelConfig(**settings)
     except (TypeError, ValueError) as e:
-        return refuse(str(e))
+        refuse(str(e))
+    if found.get('head_dim') not in (None, config.head_size):
+        refuse(f"head_dim {found['head_dim']} is not hidden_size {config.n_embd} / num_attention_heads {config.n_head}, the "
+               'only one that can be loaded')
+    return config
 
 
 def _read_rope(found, refuse):
     """rope_theta and rope_scaling of a config.json, as transformers 5 writes them (rope_parameters) or 4 did."""
     rope = found.get('rope_parameters') or found.get('rope_scaling') or {}
-    theta = rope.get('rope_theta', found.get('rope_theta', 10000.0))
+    if not isinstance(rope, dict):
+        refuse(f'rope scaling {rope!r} is no object')
+    theta = rope.get('rope_theta') or found.get('rope_theta') or 10000.0
     kind = rope.get('rope_type', rope.get('type', 'default'))
-    if found.get('partial_rotary_factor', rope.get('partial_rotary_factor', 1)) != 1:
+    if (found.get('partial_rotary_factor') or rope.get('partial_rotary_factor') or 1) != 1:
         refuse('partial_rotary_factor is set: only rope over all of a head can be loaded')
     keys = {'default': [], 'linear': ['factor'],
             'llama3': ['factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings']}
     if kind not in keys:
         refuse(f'rope scaling {kind!r} is none of {", ".join(keys)}, which is what can be loaded')
-    missing = [key for key in keys[kind] if key not in rope]
-    if missing:
-        refuse(f'rope scaling {kind!r} lacks {", ".join(missing)}')
+    wrong = [f'{key} {rope.get(key)!r}' for key in keys[kind] if type(rope.get(key)) not in (int, float)]
+    if wrong or type(theta) not in (int, float):
+        refuse(f"rope scaling {kind!r} wants numbers, not {', '.join(wrong or [f'rope_theta {theta!r}'])}")
     numbers = ','.join(f'{rope[key]:.15g}' for key in keys[kind])
     return {'rope_theta': float(theta), 'rope_scaling': f'{kind}:{numbers}' if numbers else ''}
 
@@ -242,11 +258,17 @@ def read_weights(folder, config):
             for stored in (name for name, where in path_of.items() if where == path):
                 # files of the model without its output layer, such as the hub's gpt2, leave the prefix out
                 name = stored if stored.startswith((prefix, 'lm_head.')) else prefix + stored
-                if not re.search(CONSTANTS, name):
-                    weights[name] = f.get_tensor(stored).float()
-    if config.tie_weights and 'lm_head.weight' in weights:
-        if not torch.equal(weights.pop('lm_head.weight'), weights.get('model.embed_tokens.weight',
-                                                                      weights.get('transformer.wte.weight'))):
+                if re.search(CONSTANTS, name):
+                    continue
+                tensor = f.get_tensor(stored)
+                if name in weights:
+                    raise UserError(f'{path} holds {name} twice, with and without {prefix}')
+                if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                    raise UserError(f'{path}: {stored} is {tensor.dtype}; what can be loaded is float32, float16 and bfloat16')
+                weights[name] = tensor.float()
+    if config.tie_weights and 'lm_head.weight' in weights:  # some files hold both, some the output layer only
+        head, (embedding,) = weights.pop('lm_head.weight'), _theirs('wte.weight', family_of(config))[0]
+        if not torch.equal(head, weights.setdefault(embedding, head)):
             raise UserError(f'{folder}: config.json says tie_word_embeddings, but lm_head.weight is not the embedding')
     wrong = [f'{name} is {_shape(weights, name)} there, but {_shape(expected, name)} by config.json'
              for name in sorted(weights.keys() | expected.keys()) if _shape(weights, name) != _shape(expected, name)]
@@ -269,7 +291,7 @@ def _weight_files(folder):
         found = _read_json(index)
         if not isinstance(found.get('weight_map'), dict):
             raise UserError(f'{index} has no weight_map')
-        paths = [os.path.join(folder, os.path.basename(file)) for file in sorted(set(found['weight_map'].values()))]
+        paths = [os.path.join(folder, os.path.basename(file)) for file in sorted(set(map(str, found['weight_map'].values())))]
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
             raise UserError(f'{missing[0]} is missing ({len(missing)} of {len(paths)} shards are); fetch the folder again')
@@ -278,7 +300,8 @@ def _weight_files(folder):
     if pickles:
         raise UserError(f'{folder} holds {pickles[0]}, a pickle, which can execute code and is never loaded; have it saved as '
                         'safetensors, by transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)')
-    raise UserError(f'{folder} holds no weights: neither model.safetensors nor model.safetensors.index.json is there')
+    raise UserError(f'{folder} holds no weights: neither model.safetensors nor model.safetensors.index.json is there, and '
+                    'nothing else is loaded')
 
 
 def _read_json(path):
@@ -287,7 +310,7 @@ def _read_json(path):
             found = json.load(f)
     except FileNotFoundError:
         raise UserError(f'{path} is missing; a folder in Hugging Face\'s form has one') from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f'{path} cannot be read ({type(e).__name__}: {e})') from None
     if not isinstance(found, dict):
         raise UserError(f'{path} is no JSON object')
@@ -326,7 +349,10 @@ def write(folder, model, tokenizer, dtype='float32'):
             f.write(data)
     theirs = {name: p.to(getattr(torch, dtype)).contiguous() for name, p in to_theirs(weights, config).items()}
     path = os.path.join(folder, 'model.safetensors')
-    safetensors.torch.save_file(theirs, path, {'format': 'pt'})
+    try:
+        safetensors.torch.save_file(theirs, path, {'format': 'pt'})
+    except safetensors.SafetensorError as e:  # such as a full disk
+        raise OSError(str(e)) from None
     shutil.copymode(os.path.join(folder, 'config.json'), path)  # else it is for its owner's eyes only
     return written
 
@@ -336,7 +362,7 @@ def config_files(tokenizer, config, dtype):
     family = family_of(config)
     kind = 'mistral' if config.sliding_window else family
     ids = {'bos_token_id': tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id,
-           'eos_token_id': tokenizer.eot_id}
+           'eos_token_id': tokenizer.state().get('beside', {}).get('eos_token_id', tokenizer.eot_id)}
     about = {'architectures': [ARCHITECTURES[kind]], 'model_type': kind, 'torch_dtype': dtype, **ids,
              **{theirs: getattr(config, ours) for theirs, ours, _ in CONFIG[family]},
              **{key: allowed[0] for key, allowed in MUST_BE[family].items()}}
@@ -380,8 +406,7 @@ def tokenizer_files(tokenizer, config):
     about['added_tokens_decoder'] = {token['id']: {key: token[key] for key in flags}
                                      for token in json.loads(text)['added_tokens']}  # llama.cpp's converter looks here
     beside = state.get('beside', {})
-    if 'chat_template' in beside:
-        about['chat_template'] = beside['chat_template']
+    about |= {key: beside[key] for key in ('chat_template', 'pad_token', 'unk_token') if key in beside}
     files = {'tokenizer.json': text.encode(), 'tokenizer_config.json': _json(about)}
     model = state['model'] if state['kind'] == 'sentencepiece' else beside.get('tokenizer.model')
     return files | ({'tokenizer.model': base64.b64decode(model)} if model else {})
@@ -436,7 +461,11 @@ def _tiktoken_json(tokenizer):
 
 def _sentencepiece_json(tokenizer):
     """A SentencePiece model, BPE or unigram, as the tokenizer.json that gives the same ids; refused if there is none."""
-    from sentencepiece import sentencepiece_model_pb2
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError:
+        raise UserError(f'tokenizer {tokenizer.name}: to write it as a tokenizer.json needs a package: pip install '
+                        'protobuf') from None
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]

@@ -23,7 +23,8 @@ import numpy as np
 from configurator import UserError
 
 STATE_FILE = 'tokenizer.state.json'  # beside a data set's tokens
-FILES = ['tokenizer.json', 'tokenizer_config.json', 'tokenizer.model', 'chat_template.jinja']  # of a folder in their form
+FILES = ['tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'chat_template.jinja',
+         'tokenizer.model']  # of a folder in Hugging Face's form
 PIECE = 2**20  # characters; a longer text is encoded in pieces
 BEFORE_WORD = r'\S(?= )|\S\n(?=\w)'  # ends where no token of a byte-level BPE crosses: before a blank or a line's first word
 BEFORE_BLANK = r'\S(?= \w)'  # before a single blank: what follows it gets the dummy prefix in its place
@@ -172,8 +173,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, name, text, eot_id, bos_id=None, beside=()):
         """
-        `text`: of tokenizer.json; `beside`: what else came with it, to be handed on: a chat_template (text), a
-        tokenizer.model (base64). Raises UserError for kinds of tokenizer that do not give the text back.
+        `text`: of tokenizer.json; `beside`: what came with it and is handed on, such as a chat template (`_beside`).
+        Raises UserError for kinds of tokenizer that do not give the text back.
         """
         self.name, self.json, self.eot_id, self.bos_id, self.beside = name, text, eot_id, bos_id, dict(beside)
         spec = json.loads(text)
@@ -353,11 +354,11 @@ class SentencePieceTokenizer(Tokenizer):
         return {'kind': 'sentencepiece', 'name': self.name, 'model': base64.b64encode(self.model).decode()}
 
 
-def load_tokenizer(name, eot_token=''):
+def load_tokenizer(name, eot_token='', eot_id=None):
     """
     The tokenizer called `name`: 'bytes', one of tiktoken's ('gpt2', ...), a tokenizer.json or SentencePiece model, a
     folder that holds one, or the id of a Hugging Face repository. `eot_token` ends documents where that is not the
-    tokenizer's own end-of-sequence. Raises UserError if it can't be had.
+    tokenizer's own end-of-sequence, `eot_id` where it names none. Raises UserError if it can't be had.
     """
     import tiktoken
     known = tiktoken.list_encoding_names()
@@ -397,7 +398,8 @@ def load_tokenizer(name, eot_token=''):
         model = os.path.join(os.path.dirname(path), 'tokenizer.model')
         if spec['model'].get('type') == 'Unigram' and os.path.isfile(model):  # which is read from SentencePiece's own file
             return load_tokenizer(model)
-        eot_id, bos_id = _document_ids(name, spec, os.path.join(os.path.dirname(path), 'tokenizer_config.json'), eot_token)
+        eot_id, bos_id = _document_ids(name, spec, os.path.join(os.path.dirname(path), 'tokenizer_config.json'), eot_token,
+                                       eot_id)
         return HuggingFaceTokenizer(name, data.decode(), eot_id, bos_id, _beside(os.path.dirname(path)))
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"tokenizer='{name}' is not a tokenizer.json ({type(e).__name__}: {e})") from None
@@ -427,25 +429,27 @@ def from_hub(repository, files, what):
 
 
 def _beside(folder):
-    """What a tokenizer.json does not hold and lies beside it: the chat template and SentencePiece's own model."""
-    found, config = {}, {}
-    for file in FILES[1:]:
+    """
+    What lies beside a tokenizer.json and is handed on as it is: chat_template, pad_token, unk_token, eos_token_id where it
+    is a list, and SentencePiece's own model (tokenizer.model, in base64).
+    """
+    def read(file):
         path = os.path.join(folder, file)
-        if os.path.isfile(path):
-            with open(path, 'rb') as f:
-                data = f.read()
-            if file == 'tokenizer_config.json':
-                config = json.loads(data)
-            elif file == 'tokenizer.model':
-                found[file] = base64.b64encode(data).decode()
-            else:
-                found['chat_template'] = data.decode()
-    if isinstance(config.get('chat_template'), str):
-        found.setdefault('chat_template', config['chat_template'])
-    return found
+        if not os.path.isfile(path):
+            return b''
+        with open(path, 'rb') as f:
+            return f.read()
+
+    config, generation = (json.loads(read(file) or '{}') for file in ('tokenizer_config.json', 'generation_config.json'))
+    stops = generation.get('eos_token_id')
+    found = {key: config.get(key) for key in ('chat_template', 'pad_token', 'unk_token')}
+    found |= {'chat_template': read('chat_template.jinja').decode() or found['chat_template'],
+              'eos_token_id': stops if isinstance(stops, list) else None,
+              'tokenizer.model': base64.b64encode(read('tokenizer.model')).decode()}
+    return {key: value for key, value in found.items() if value}
 
 
-def _document_ids(name, spec, config_path, eot_token):
+def _document_ids(name, spec, config_path, eot_token, eot_id):
     """(end-of-text id, BOS id or None) by a tokenizer.json, and by the tokenizer_config.json beside it, if any."""
     if spec['model'].get('type', 'BPE') != 'BPE':
         raise UserError(f"tokenizer='{name}' is a {spec['model']['type']}; what can be used is a BPE")
@@ -457,7 +461,7 @@ def _document_ids(name, spec, config_path, eot_token):
     eos = config.get('eos_token')
     usual = ('<|endoftext|>', '</s>', '<|end_of_text|>', '<eos>')
     wanted = [eot_token] if eot_token else [eos['content'] if isinstance(eos, dict) else eos, *usual]
-    found = [ids[token] for token in wanted if token in ids]
+    found = [ids[token] for token in wanted if token in ids] + ([] if eot_id is None else [eot_id])
     if not found:
         raise UserError(f"tokenizer='{name}' has no {eot_token or 'end-of-text token that is known here'}; name the one that "
                         'ends a document with --eot_token')

@@ -382,13 +382,15 @@ order = TrainingOrder(train_splits, weights, total_batch, seed)
 # ---- model and optimizer
 
 shape = model_config(loaded['model_config']['vocab_size'] if loaded else meta['vocab_size'])
-if shape.vocab_size < meta['vocab_size']:
-    raise UserError(f"vocab_size {shape.vocab_size} is less than the {meta['vocab_size']} of data set {names[0]}; "
-                    'leave it at 0 or make it larger')
+# a tokenizer may have special tokens beyond what a model of somebody else knows: those that occur count
+needed = 1 + max(entry['max_id'] for m in metas for entry in m['files'].values()) if loaded else meta['vocab_size']
+if shape.vocab_size < needed:
+    raise UserError(f'vocab_size {shape.vocab_size} is less than the {needed} of data set {names[0]}; ' +
+                    (f'prepare it with the tokenizer of {loaded_path}' if loaded else 'leave it at 0 or make it larger'))
 torch.manual_seed(seed)
 raw_model = Transformer(shape).to(device)  # the plain module, whose names checkpoints use
 first_iter, elapsed, best_val_loss = 0, 0.0, math.inf
-begun_from, hardware = init_from, f'{world_size} x {device_name(device)}'
+begun_from, hardware = huggingface.public_name(init_from), f'{world_size} x {device_name(device)}'
 if loaded:
     if shape.pos == 'learned':
         loaded['model']['positions.weight'] = loaded['model']['positions.weight'][:block_size]
@@ -404,10 +406,11 @@ if resumes:
         scaler.load_state_dict(loaded['scaler'])
     first_iter, elapsed, best_val_loss = loaded['iter'], loaded['elapsed'], loaded['best_val_loss']
     begun_from = loaded['config']['init_from']
-    hardware = loaded['hardware'] if loaded['hardware'].endswith(hardware) else f"{loaded['hardware']}, then {hardware}"
+    machines = loaded['hardware'].split(', then ') if loaded['hardware'] else []
+    hardware = ', then '.join(machines if machines[-1:] == [hardware] else [*machines, hardware])
     if first_iter > max_iters:
         raise UserError(f'max_iters={max_iters} is less than the {first_iter} steps that {loaded_path} has done')
-    if loaded['data'] != manifests:
+    if loaded['data'] and loaded['data'] != manifests:
         say(f'changed: the token files of {dataset} are not those that the run began with')
 del loaded
 wants_compile = device.startswith('cuda') if compile == 'auto' else compile

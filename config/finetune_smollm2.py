@@ -3,7 +3,7 @@ Fine-tunes SmolLM2-135M (or another Llama or Mistral of the hub) on a text of yo
 
     python prepare.py --source=PATH --tokenizer=HuggingFaceTB/SmolLM2-135M --name=mine_smollm2 --val_fraction=0.1
     python train.py config/finetune_smollm2.py --dataset=mine_smollm2
-    python train.py config/finetune_smollm2.py --init_from=TinyLlama/TinyLlama_v1.1 --batch_size=1      # its tokenizer too
+    python train.py config/finetune_smollm2.py --init_from=TinyLlama/TinyLlama-1.1B-Chat-v1.0     # data by its tokenizer
 
 SmolLM2 reaches over 8192 tokens; the model that comes out of this reaches over the 1024 it was tuned in, unless block_size
 says more. The learning rate, a thirtieth of SmolLM2's own 3e-3, is this recipe's choice. Compare best.pt with the model it

@@ -14,7 +14,7 @@ from conftest import ROOT, run
 from test_errors import fails
 from test_huggingface import OURS
 from test_model import make
-from test_tokenizer import ODD, mistral_model, trained
+from test_tokenizer import ODD, mistral_json, mistral_model, trained
 
 import huggingface
 from model import generate
@@ -89,6 +89,12 @@ def test_gguf_says_what_llama_cpp_cannot(tmp_path):
     huggingface.write(str(tmp_path / 'a'), make(OURS['gpt2'] | {'vocab_size': 257, 'n_inner': 80}), tok)
     error = fails('export.py', '--init_from=a', '--gguf=x.gguf', cwd=tmp_path)
     assert "llama.cpp wants GPT-2's n_inner to be 4 * n_embd 32, and it is 80" in error
+    shutil.rmtree(tmp_path / 'a')
+    no_scores = HuggingFaceTokenizer('byte fallback, and no tokenizer.model', mistral_json(), 2, 1)
+    huggingface.write(str(tmp_path / 'a'), make(OURS['llama'] | {'vocab_size': 32000}), no_scores)
+    error = fails('export.py', '--init_from=a', '--hf_dir=hf/x', '--gguf=x.gguf', cwd=tmp_path)
+    assert 'llama.cpp would give other ids than the tokenizer' in error
+    assert "there is no folder none" in fails('export.py', '--init_from=a', '--gguf=none/x.gguf', cwd=tmp_path)
     assert os.listdir(tmp_path) == ['a']
     huggingface.write(str(tmp_path / 'b'), make(OURS['mistral'] | {'vocab_size': 257}), tok)
     out, _ = run('export.py', '--init_from=b', '--gguf=x.gguf', cwd=tmp_path)

@@ -229,6 +229,36 @@ def test_other_sentencepiece_models_go_out_too(tmp_path, kind):
     assert load_tokenizer(str(tmp_path)).agrees_with(tok)
 
 
+@pytest.mark.parametrize('kind', ['GPT2', 'Llama'])
+def test_a_tied_model_may_be_stored_by_its_output_layer_alone(tmp_path, kind):
+    """As safetensors' own save_model stores it; and rope_theta null, which is the default."""
+    theirs = their_model(kind, {'tie_word_embeddings': True})
+    theirs.config.save_pretrained(tmp_path)
+    safetensors.save_model(theirs, str(tmp_path / 'model.safetensors'))
+    assert 'lm_head.weight' in safetensors.load_file(tmp_path / 'model.safetensors')
+    break_config(tmp_path, rope_parameters=None, rope_theta=None)
+    add_tokenizer(tmp_path)
+    ours, _, _ = checkpoint.load_model(str(tmp_path))
+    assert difference(ours, theirs, 96) < 1e-5
+
+
+def test_the_ids_of_config_and_generation_config_are_taken_and_handed_on(tmp_path):
+    """An end of text that only config.json names; several of them; what batches need."""
+    their_model('Llama', {'eos_token_id': 90}).save_pretrained(tmp_path / 'a')
+    spec = json.loads(small_tokenizer())
+    spec['model']['vocab'].pop('<|endoftext|>')
+    spec['model']['vocab']['<END>'], spec['added_tokens'][0]['content'] = 95, '<END>'
+    add_tokenizer(tmp_path / 'a', json.dumps(spec))
+    (tmp_path / 'a' / 'generation_config.json').write_text('{"eos_token_id": [90, 95]}')
+    (tmp_path / 'a' / 'tokenizer_config.json').write_text('{"pad_token": "<END>"}')
+    model, tok, _ = checkpoint.load_model(str(tmp_path / 'a'))
+    assert tok.eot_id == 90
+    huggingface.write(str(tmp_path / 'b'), model, tok)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'b')
+    assert theirs.generation_config.eos_token_id == [90, 95]
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'b').pad_token == '<END>'
+
+
 def test_a_chat_template_is_handed_on(tmp_path):
     template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     for n, place in enumerate(('tokenizer_config.json', 'chat_template.jinja')):
@@ -350,10 +380,18 @@ BAD = {
     'tied by config only': (lambda f: break_config(f, tie_word_embeddings=True), 'lm_head.weight is not the embedding'),
     'another architecture': (lambda f: break_config(f, model_type='qwen2'),
                              "model_type 'qwen2' is none of gpt2, llama, mistral"),
+    'twice': (lambda f: rewrite(f, lambda w: w.update({Q[6:]: w[Q].clone()})), 'twice, with and without'),
+    'whole numbers': (lambda f: rewrite(f, lambda w: w.update({Q: w[Q].to(torch.int8)})), f'{Q} is torch.int8; what can be'),
+    'a width in words': (lambda f: break_config(f, hidden_size='wide'), "hidden_size 'wide' is no int"),
+    'no heads': (lambda f: break_config(f, num_attention_heads=0), 'n_head 0 is less than 1'),
+    'half a layer': (lambda f: break_config(f, num_hidden_layers=1.5), 'num_hidden_layers 1.5 is no int'),
+    'rope in words': (lambda f: break_config(f, rope_parameters='linear'), "rope scaling 'linear' is no object"),
+    'a factor in words': (lambda f: break_config(f, rope_parameters={'rope_type': 'linear', 'factor': 'two'}),
+                          "rope scaling 'linear' wants numbers, not factor 'two'"),
     'another rope': (lambda f: break_config(f, rope_parameters={'rope_type': 'yarn', 'factor': 4.0}),
                      "rope scaling 'yarn' is none of default, linear, llama3"),
     'half a rope': (lambda f: break_config(f, rope_parameters={'rope_type': 'llama3', 'factor': 4.0}),
-                    "rope scaling 'llama3' lacks low_freq_factor"),
+                    "rope scaling 'llama3' wants numbers, not low_freq_factor None"),
     'part of a head': (lambda f: break_config(f, partial_rotary_factor=0.5), 'partial_rotary_factor is set'),
     'another activation': (lambda f: break_config(f, hidden_act='gelu'), "hidden_act 'gelu' is not 'silu'"),
     'biases here and there': (lambda f: break_config(f, attention_bias=True), 'attention_bias True and mlp_bias'),
@@ -473,6 +511,64 @@ def test_a_model_from_there_is_sampled_fine_tuned_and_exported(place):
     for file in os.listdir(hf):
         assert (hf / file).read_bytes() == (place / 'hf' / 'again' / file).read_bytes()
     assert sorted(os.listdir(place / 'hf')) == ['again', 'tuned']  # nothing half-written
+
+
+def test_a_special_token_beyond_the_embedding_does_not_stop_fine_tuning(place):
+    """[PAD], which many fine-tuned models have added to the tokenizer only."""
+    their_model('Llama', {}).save_pretrained(place / 'hf')
+    spec = json.loads(small_tokenizer())
+    spec['added_tokens'].append(spec['added_tokens'][0] | {'id': 96, 'content': '[PAD]'})
+    add_tokenizer(place / 'hf', json.dumps(spec))
+    (place / 'data').unlink()
+    (place / 'a.txt').write_text('some words of text. ' * 100)
+    run('prepare.py', '--source=a.txt', '--tokenizer=hf', '--name=pad', '--val_fraction=0.2', cwd=place)
+    run('train.py', '--init_from=hf', '--dataset=pad', '--block_size=16', '--max_iters=2', '--sample_tokens=5', cwd=place)
+
+
+def test_an_export_is_replaced_and_nothing_else(place):
+    run('train.py', *TINY, '--max_iters=4', '--eval_interval=2', cwd=place)
+    export = ('export.py', '--out_dir=out/tiny')
+    run(*export, '--hf_dir=hf/x/', cwd=place)
+    before = (place / 'hf' / 'x' / 'model.safetensors').read_bytes()
+    run(*export, '--hf_dir=hf/x/', '--overwrite', cwd=place)
+    (place / 'link').symlink_to(place / 'hf' / 'x')
+    run(*export, '--hf_dir=link', '--overwrite', '--init_from=hf/x', cwd=place)
+    assert (place / 'hf' / 'x' / 'model.safetensors').read_bytes() == before and (place / 'link').is_symlink()
+    (place / 'mine').mkdir()
+    (place / 'mine' / 'note.txt').write_text('precious')
+    (place / 'file').write_text('precious')
+    for target in ('mine', 'out/tiny', '.', 'file'):
+        assert 'holds no exported model' in fails(*export, f'--hf_dir={target}', '--overwrite', cwd=place)
+    assert 'cannot be written' in fails(*export, '--hf_dir=/proc/nothing', cwd=place)
+    assert sorted(os.listdir(place / 'hf')) == ['x'] and (place / 'mine' / 'note.txt').exists()
+    assert (place / 'out' / 'tiny' / 'ckpt.pt').exists()
+
+
+def test_the_card_of_a_checkpoint_in_the_middle_of_a_resumed_run(place):
+    run('train.py', *TINY, '--max_iters=20', '--keep_every=10', cwd=place)
+    run('train.py', *TINY, '--init_from=resume', '--max_iters=30', cwd=place)
+    run('export.py', '--init_from=out/tiny/ckpt_10.pt', '--hf_dir=hf/middle', cwd=place)
+    run('export.py', '--out_dir=out/tiny', '--hf_dir=hf/end', cwd=place)
+    middle, end = ((place / 'hf' / name / 'README.md').read_text() for name in ('middle', 'end'))
+    logged = [json.loads(line) for line in open(place / 'out' / 'tiny' / 'log.jsonl')]
+    for card, it in ((middle, 10), (end, 30)):
+        assert f'| tokens seen | {it * 64:,} ({it} steps of 64) |' in card and 'trained from nothing' in card
+        val = next(record['val_loss'] for record in logged if record['iter'] == it and 'val_loss' in record)
+        assert f'| validation loss | {val:.4f} nats per token (step {it}) |' in card
+    assert ', then ' not in end  # the same machine
+
+
+def test_a_former_versions_checkpoint_still_opens(place):
+    run('train.py', *TINY, '--max_iters=10', cwd=place)
+    path = place / 'out' / 'tiny' / 'ckpt.pt'
+    old = torch.load(path, weights_only=True)
+    del old['hardware']
+    old['data'] = {'tiny': {'train.bin': 'checksum'}}
+    torch.save(old, path)
+    run('export.py', '--out_dir=out/tiny', cwd=place)
+    assert '| hardware | not recorded |' in (place / 'hf' / 'tiny' / 'README.md').read_text()
+    out, _ = run('train.py', *TINY, '--init_from=resume', '--max_iters=12', cwd=place)
+    assert 'resumed at iter 10' in out and 'token files' not in out
 
 
 def test_a_run_begins_from_a_folder_under_torchrun(place):
