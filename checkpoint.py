@@ -97,11 +97,11 @@ def load_any(name):
 
 
 def load_model(name):
-    """The model of that name (see `load_any`) as (model, tokenizer, checkpoint), on the CPU, ready to sample from."""
+    """The model of that name (see `load_any`) on the CPU, ready to sample from; its tokenizer; the rest of the checkpoint."""
     checkpoint = load_any(name)
-    model = Transformer(model_config(checkpoint, name))
-    load_weights(model, checkpoint, name)
-    del checkpoint['model']  # they are held once from here on
+    config = model_config(checkpoint, name)
+    check_weights(config, checkpoint, name)
+    model = Transformer.from_weights(config, checkpoint.pop('model'))
     return model.eval(), tokenizer_from_state(checkpoint['tokenizer']), checkpoint
 
 
@@ -126,9 +126,10 @@ def model_config(checkpoint, path):
         raise UserError(f'{path} is not a checkpoint of sourdough: its model_config is no shape ({e})') from None
 
 
-def load_weights(model, checkpoint, path):
-    """Copies a checkpoint's weights into `model`. Raises UserError where they do not fit or are not finite."""
-    ours, theirs = model.state_dict(), checkpoint['model']
+def check_weights(config, checkpoint, path):
+    """Raises UserError where a checkpoint's weights do not fit a shape or are not finite."""
+    with torch.device('meta'):
+        ours, theirs = Transformer(config).state_dict(), checkpoint['model']
     wrong = [f'{name} is {_shape(theirs, name)} there and {_shape(ours, name)} here'
              for name in sorted(ours.keys() | theirs.keys()) if _shape(ours, name) != _shape(theirs, name)]
     if wrong:
@@ -137,7 +138,6 @@ def load_weights(model, checkpoint, path):
     broken = [name for name, p in theirs.items() if not p.isfinite().all()]
     if broken:
         raise UserError(f'{path} holds weights that are not finite numbers ({broken[0]}); go back to an earlier checkpoint')
-    model.load_state_dict(theirs)
 
 
 def _shape(state, name):

@@ -263,6 +263,18 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.wte.weight  # Press and Wolf 2017
         self._init_weights()
 
+    @classmethod
+    def from_weights(cls, config, weights):
+        """The model that holds these weights (name → tensor) themselves: no others are drawn first, and none are copied."""
+        with torch.device('meta'):
+            model = cls(config)
+        model.load_state_dict(weights, assign=True)
+        if config.pos == 'rope':  # its constants are in no state_dict
+            model.positions = RotaryPositions(config)
+        if config.tie_weights:
+            model.lm_head.weight = model.wte.weight
+        return model
+
     @torch.no_grad()
     def _init_weights(self):
         """Normal with `init_std`; what writes into the residual stream, 1/sqrt(2 n_layer) of it (GPT-2, section 2.3)."""

@@ -394,7 +394,8 @@ begun_from, hardware = huggingface.public_name(init_from), f'{world_size} x {dev
 if loaded:
     if shape.pos == 'learned':
         loaded['model']['positions.weight'] = loaded['model']['positions.weight'][:block_size]
-    checkpoint.load_weights(raw_model, loaded, loaded_path)
+    checkpoint.check_weights(shape, loaded, loaded_path)
+    raw_model.load_state_dict(loaded['model'])
 opt = make_optimizer(optimizer, raw_model, learning_rate, beta1, beta2, weight_decay, device)
 scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
 lr_at = make_schedule(schedule, learning_rate, min_lr, warmup_iters, lr_decay_iters or max_iters,
