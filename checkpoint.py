@@ -7,12 +7,13 @@ The one door for checkpoints. A checkpoint is a plain dictionary of tensors, num
     config        every setting of the run
     data          the manifests of the token files it was trained on
     hardware      what it was trained on, in words
-    optimizer, scaler, iter, elapsed, best_val_loss    what a resumed run goes on from
+    optimizer, scaler, iter, tokens, elapsed, best_val_loss    what a resumed run goes on from
 
 Loading runs with `weights_only=True`: nothing in a file is ever executed.
 """
 
 import json
+import math
 import os
 import pickle
 import shutil
@@ -26,7 +27,7 @@ from model import ModelConfig, Transformer
 from tokenizer import tokenizer_from_state
 
 KEYS = {'model': dict, 'model_config': dict, 'tokenizer': dict, 'config': dict, 'optimizer': dict, 'scaler': dict,
-        'data': dict, 'hardware': str, 'iter': int, 'elapsed': float, 'best_val_loss': float}
+        'data': dict, 'hardware': str, 'iter': int, 'tokens': int, 'elapsed': float, 'best_val_loss': float}
 
 
 def save(path, also=(), **checkpoint):
@@ -69,7 +70,10 @@ def load(path):
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError):
         raise UserError(f'{path} is not a checkpoint: the file is damaged') from None
     found = checkpoint if isinstance(checkpoint, dict) else {}
-    found.setdefault('hardware', '')  # former versions knew neither this nor the manifests
+    found.setdefault('hardware', '')  # former versions knew neither this nor the tokens nor the manifests
+    if isinstance(found.get('config'), dict) and isinstance(found.get('iter'), int):
+        found.setdefault('tokens', found['iter'] * math.prod(found['config'].get(key, 0) for key in (
+            'batch_size', 'gradient_accumulation_steps', 'block_size')))
     if isinstance(found.get('data'), dict) and not all('files' in manifest for manifest in found['data'].values()):
         found['data'] = {}
     missing = [key for key, kind in KEYS.items() if not isinstance(found.get(key), kind)]

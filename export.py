@@ -93,7 +93,7 @@ def model_card(folder, name, model, tokenizer, loaded, log):
             f"trained on from {'another run' if base.endswith('.pt') else base}"
         metadata |= {'base_model': base if '/' in base else '',
                      'datasets': [d['source'][3:] for d in loaded['data'].values() if d['source'].startswith('hf:')]}
-        seen = loaded['iter'] * tokens_per_step(run)
+        seen = loaded['tokens']
         read = sum(entry['tokens'] for d in loaded['data'].values() for file, entry in d['files'].items()
                    if file.startswith('train'))
     else:
@@ -127,10 +127,11 @@ def card_of_the_run(folder, loaded, n, log):
                 data.append((huggingface.public_name(name), ', '.join(filter(None, (d['note'], d['source']))), split,
                              *(f'{sum(entry[key] for entry in entries):,}' for key in ('tokens', 'documents', 'bytes')),
                              f"`{entries[0]['sha256'][:16]}...`{more}"))
-    seen, minutes = loaded['iter'] * tokens_per_step(run), loaded['elapsed'] / 60
+    seen, minutes = loaded['tokens'], loaded['elapsed'] / 60
+    per_step = run['batch_size'] * run['gradient_accumulation_steps'] * run['block_size']
     training = table(
         ('', ''), ('mixture', ' '.join(map(huggingface.public_name, run['dataset'].split()))),
-        ('tokens seen', f"{seen:,} ({loaded['iter']:,} steps of {tokens_per_step(run):,})"), ('window', run['block_size']),
+        ('tokens seen', f"{seen:,} ({loaded['iter']:,} steps, the last of {per_step:,})"), ('window', run['block_size']),
         ('tokens per parameter', f'{seen / n:.1f}'),
         ('optimizer', f"{run['optimizer']}, betas {run['beta1']} and {run['beta2']}, weight decay {run['weight_decay']}, "
                       f"gradients clipped at {run['grad_clip']}"),
@@ -150,10 +151,6 @@ def card_of_the_run(folder, loaded, n, log):
     return RUN.format(data=table(*data), training=training,
                       losses=(table(*losses) if train or val else 'The log is not at hand.') +
                              ('\n\n![loss by tokens seen](loss.png)' if pictured else ''))
-
-
-def tokens_per_step(run):
-    return run['batch_size'] * run['gradient_accumulation_steps'] * run['block_size']
 
 
 def table(*rows):

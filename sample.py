@@ -66,7 +66,7 @@ model.to(device)
 ids = torch.tensor([tokenizer.beginning(text)], device=device)
 for i in range(num_samples):
     generator = torch.Generator(device).manual_seed(seed + i)
-    stream = tokenizer.stream()
+    stream = tokenizer.stream(begins=not text)
     print(text, end='', flush=True)
     with autocast(device, dtype):
         for token in generate(model, ids, max_new_tokens, temperature, top_k, top_p, tokenizer.vocab_size, generator):

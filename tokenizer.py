@@ -64,10 +64,18 @@ class Tokenizer:
         text = self.decode_bytes(ids).decode('utf-8', errors='replace')
         return text.removeprefix(' ') if self.dummy_prefix else text
 
-    def stream(self):
-        """A function from the next id to the text that it completes: never half a character."""
-        decoder = codecs.getincrementaldecoder('utf-8')(errors='replace')
-        return lambda i: decoder.decode(self.decode_bytes([i]))
+    def stream(self, begins=False):
+        """A function from the next id to the text that it completes: never half a character. `begins`: nothing came before."""
+        decoder, waits = codecs.getincrementaldecoder('utf-8')(errors='replace'), begins and self.dummy_prefix
+
+        def text_of(i):
+            nonlocal waits
+            text = decoder.decode(self.decode_bytes([i]))
+            if waits and text:
+                waits, text = False, text.removeprefix(' ')
+            return text
+
+        return text_of
 
     def fingerprint(self):
         state = {key: value for key, value in self.state().items() if key not in ('name', 'beside')}
@@ -425,7 +433,8 @@ def from_hub(repository, files, what):
         return huggingface_hub.snapshot_download(repository, allow_patterns=files, ignore_patterns=['*/*', 'consolidated*'])
     except (OSError, ValueError) as e:  # its own errors are of these kinds, and so are those of the network
         raise UserError(f'{what}: there is no such file or folder here, and the Hugging Face hub did not give it '
-                        f'({type(e).__name__}); check the name, or the network') from None
+                        f'({type(e).__name__}); check the name and the network, and for a gated one log in: hf auth '
+                        'login') from None
 
 
 def _beside(folder):

@@ -279,6 +279,11 @@ def log(**record):
             wandb_run.log(record, step=record['iter'])
 
 
+def tokens_seen(it):
+    """Tokens trained on when `it` steps are done; those of a resumed run may have had another size."""
+    return first_tokens + (it - first_iter) * tokens_per_step
+
+
 @torch.no_grad()
 def evaluate():
     """Validation figures: nats per token, perplexity and bits per byte, of the mixture and, if several, each source."""
@@ -310,7 +315,7 @@ def sample():
     raw_model.eval()
     ids = torch.tensor([tokenizer.beginning(sample_prompt)], device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    text, stream = sample_prompt, tokenizer.stream()
+    text, stream = sample_prompt, tokenizer.stream(begins=not sample_prompt)
     with autocast(device, dtype):
         for nxt in generate(raw_model, ids, sample_tokens, 0.8, vocab_size=tokenizer.vocab_size, generator=generator):
             text += stream(nxt.item())
@@ -389,7 +394,7 @@ if shape.vocab_size < needed:
                     (f'prepare it with the tokenizer of {loaded_path}' if loaded else 'leave it at 0 or make it larger'))
 torch.manual_seed(seed)
 raw_model = Transformer(shape).to(device)  # the plain module, whose names checkpoints use
-first_iter, elapsed, best_val_loss = 0, 0.0, math.inf
+first_iter, first_tokens, elapsed, best_val_loss = 0, 0, 0.0, math.inf
 begun_from, hardware = huggingface.public_name(init_from), f'{world_size} x {device_name(device)}'
 if loaded:
     if shape.pos == 'learned':
@@ -405,7 +410,7 @@ if resumes:
     opt.load_state_dict(loaded['optimizer'] | {'param_groups': opt.state_dict()['param_groups']})
     if loaded['scaler'] and scaler.is_enabled():
         scaler.load_state_dict(loaded['scaler'])
-    first_iter, elapsed, best_val_loss = loaded['iter'], loaded['elapsed'], loaded['best_val_loss']
+    first_iter, first_tokens, elapsed, best_val_loss = (loaded[key] for key in ('iter', 'tokens', 'elapsed', 'best_val_loss'))
     begun_from = loaded['config']['init_from']
     machines = loaded['hardware'].split(', then ') if loaded['hardware'] else []
     hardware = ', then '.join(machines if machines[-1:] == [hardware] else [*machines, hardware])
@@ -449,15 +454,15 @@ for it in range(first_iter, max_iters + 1):
             figures = evaluate()
             improved = figures['val_loss'] < best_val_loss and it > 0
             best_val_loss = figures['val_loss'] if improved else best_val_loss
-            log(iter=it, tokens=it * tokens_per_step, **figures, time=elapsed + time.perf_counter() - started)
+            log(iter=it, tokens=tokens_seen(it), **figures, time=elapsed + time.perf_counter() - started)
             say(f'iter {it}: ' + ', '.join(f'{key} {value:.4f}' for key, value in figures.items()))
         if rank == 0 and (saves or improved):
             also = ['best.pt'] * improved + [f'ckpt_{it}.pt'] * bool(keep_every and it % keep_every == 0)
             checkpoint.save(os.path.join(out_dir, 'ckpt.pt'), [os.path.join(out_dir, name) for name in also],
                             model=raw_model.state_dict(), model_config=dataclasses.asdict(shape),
                             tokenizer=tokenizer.state(), config=config | {'dtype': dtype, 'init_from': begun_from},
-                            data=manifests, hardware=hardware,
-                            optimizer=opt.state_dict(), scaler=scaler.state_dict(), iter=it,
+                            data=manifests, hardware=hardware, iter=it, tokens=tokens_seen(it),
+                            optimizer=opt.state_dict(), scaler=scaler.state_dict(),
                             elapsed=elapsed + time.perf_counter() - started, best_val_loss=best_val_loss)
         if rank == 0 and samples:
             sample()
@@ -502,7 +507,7 @@ for it in range(first_iter, max_iters + 1):
         mfu = raw_model.flops_per_token() * tok_per_sec / (peak * world_size) if peak else None
         so_far = time.perf_counter() - started
         left = (max_iters - it - 1) * tokens_per_step / tok_per_sec
-        log(iter=it, tokens=(it + 1) * tokens_per_step, loss=loss, lr=lr_at(it), grad_norm=grad_norm.item(),
+        log(iter=it, tokens=tokens_seen(it + 1), loss=loss, lr=lr_at(it), grad_norm=grad_norm.item(),
             tok_per_sec=tok_per_sec, mfu=mfu, time=elapsed + so_far)
         say(f'iter {it}/{max_iters}: loss {loss:.4f}, lr {lr_at(it):.2e}, norm {grad_norm:.2f}, {tok_per_sec:,.0f} tok/s, '
             f"mfu {f'{mfu:.1%}' if mfu else 'n/a'}, {int(left) // 60}:{int(left) % 60:02d} left")

@@ -498,7 +498,7 @@ def test_a_model_from_there_is_sampled_fine_tuned_and_exported(place):
     assert loaded['iter'] == 8 and difference(ours, again.float(), 50257, T=32) < 0.05
     card = (hf / 'README.md').read_text()
     for words in ('license: "mit"', 'language: "en"', 'library_name: "transformers"', f'A GPT-2 of {again.num_parameters():,} ',
-                  'trained on from gpt2hf with sourdough', '| owl |', '| tokens seen | 512 (8 steps of 64', '1 x ',
+                  'trained on from gpt2hf with sourdough', '| owl |', '| tokens seen | 512 (8 steps, the last of 64', '1 x ',
                   '| validation loss |',
                   '![loss by tokens seen](loss.png)', "name = 'tuned'", 'must not be trusted with'):
         assert words in card, words
@@ -546,13 +546,14 @@ def test_an_export_is_replaced_and_nothing_else(place):
 
 def test_the_card_of_a_checkpoint_in_the_middle_of_a_resumed_run(place):
     run('train.py', *TINY, '--max_iters=20', '--keep_every=10', cwd=place)
-    run('train.py', *TINY, '--init_from=resume', '--max_iters=30', cwd=place)
+    run('train.py', *TINY, '--init_from=resume', '--max_iters=30', '--batch_size=8', cwd=place)
     run('export.py', '--init_from=out/tiny/ckpt_10.pt', '--hf_dir=hf/middle', cwd=place)
     run('export.py', '--out_dir=out/tiny', '--hf_dir=hf/end', cwd=place)
     middle, end = ((place / 'hf' / name / 'README.md').read_text() for name in ('middle', 'end'))
     logged = [json.loads(line) for line in open(place / 'out' / 'tiny' / 'log.jsonl')]
-    for card, it in ((middle, 10), (end, 30)):
-        assert f'| tokens seen | {it * 64:,} ({it} steps of 64) |' in card and 'trained from nothing' in card
+    for card, it, tokens, size in ((middle, 10, 10 * 64, 64), (end, 30, 20 * 64 + 10 * 128, 128)):
+        assert f'| tokens seen | {tokens:,} ({it} steps, the last of {size}) |' in card and 'trained from nothing' in card
+        assert tokens == next(record['tokens'] for record in logged if record['iter'] == it and 'val_loss' in record)
         val = next(record['val_loss'] for record in logged if record['iter'] == it and 'val_loss' in record)
         assert f'| validation loss | {val:.4f} nats per token (step {it}) |' in card
     assert ', then ' not in end  # the same machine
@@ -562,11 +563,12 @@ def test_a_former_versions_checkpoint_still_opens(place):
     run('train.py', *TINY, '--max_iters=10', cwd=place)
     path = place / 'out' / 'tiny' / 'ckpt.pt'
     old = torch.load(path, weights_only=True)
-    del old['hardware']
+    del old['hardware'], old['tokens']
     old['data'] = {'tiny': {'train.bin': 'checksum'}}
     torch.save(old, path)
     run('export.py', '--out_dir=out/tiny', cwd=place)
-    assert '| hardware | not recorded |' in (place / 'hf' / 'tiny' / 'README.md').read_text()
+    card = (place / 'hf' / 'tiny' / 'README.md').read_text()
+    assert '| hardware | not recorded |' in card and '| tokens seen | 640 (' in card
     out, _ = run('train.py', *TINY, '--init_from=resume', '--max_iters=12', cwd=place)
     assert 'resumed at iter 10' in out and 'token files' not in out
 
