@@ -91,7 +91,7 @@ def load_any(name):
     if os.path.isfile(latest):
         return load(latest)
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, 'config.json')):
-        raise UserError(f"'{name}' is no model: the folder holds neither ckpt.pt nor config.json")
+        raise UserError(f"init_from='{name}' is no model: the folder holds neither ckpt.pt nor config.json")
     if os.path.isdir(name) or not os.path.exists(name) and huggingface.hub_id(name):
         return huggingface.load(name)
     if not os.path.exists(name) and not name.endswith('.pt'):

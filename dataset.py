@@ -20,7 +20,7 @@ import urllib.parse
 import numpy as np
 
 from configurator import UserError
-from tokenizer import load_tokenizer, tokenizer_from_state
+from tokenizer import HUB_ID, load_tokenizer, tokenizer_from_state
 
 CHECKSUM_LIMIT = 256 * 2**20  # bytes; larger splits are checked by their size, and by their ids as they are read
 MIX_PERIOD = 4096  # steps after which a mixture's rounding repeats
@@ -60,7 +60,7 @@ def public_source(source):
     if source.startswith('https://'):
         address = urllib.parse.urlsplit(source)
         return f'https://{address.hostname}{address.path}'
-    return source if re.fullmatch(r'hf:\w[\w.-]*/\w[\w.-]*', source) and not os.path.isdir(source[3:]) else ''
+    return source if re.fullmatch(f'hf:{HUB_ID}', source) and not os.path.isdir(source[3:]) else ''
 
 
 def read_tokenizer(name, meta):

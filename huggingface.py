@@ -19,7 +19,7 @@ import torch
 
 from configurator import UserError
 from model import ModelConfig, Transformer, parse_rope_scaling
-from tokenizer import FILES, byte_alphabet, from_hub, load_tokenizer, tokenizers_package
+from tokenizer import FILES, HUB_ID, byte_alphabet, from_hub, load_tokenizer, tokenizers_package
 
 # ---- the tables
 
@@ -136,7 +136,7 @@ def hub_id(name):
     """The id on the hub that a name stands for, or '' if it stands for none: 'owner/model', or one of GPT-2's four sizes."""
     if re.fullmatch('gpt2(-medium|-large|-xl)?', name):
         return f'openai-community/{name}'
-    return name if re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name) and not name.endswith('.pt') else ''
+    return name if re.fullmatch(HUB_ID, name) and not name.endswith('.pt') else ''
 
 
 def public_name(name):

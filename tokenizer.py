@@ -25,6 +25,7 @@ from configurator import UserError
 STATE_FILE = 'tokenizer.state.json'  # beside a data set's tokens
 FILES = ['tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'chat_template.jinja',
          'tokenizer.model']  # of a folder in Hugging Face's form
+HUB_ID = r'\w[\w.-]*/\w[\w.-]*'  # owner/name, on the Hugging Face hub
 PIECE = 2**20  # characters; a longer text is encoded in pieces
 BEFORE_WORD = r'\S(?= )|\S\n(?=\w)'  # ends where no token of a byte-level BPE crosses: before a blank or a line's first word
 BEFORE_BLANK = r'\S(?= \w)'  # before a single blank: what follows it gets the dummy prefix in its place
@@ -386,7 +387,7 @@ def load_tokenizer(name, eot_token='', eot_id=None):
                         'can be given as the tokenizer')
     if not os.path.exists(name) and name[:1] in ('/', '.', '~'):
         raise UserError(f"tokenizer='{name}': there is no such file or folder")
-    if not os.path.exists(name) and not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
+    if not os.path.exists(name) and not re.fullmatch(HUB_ID, name):
         raise UserError(f"tokenizer='{name}' is not known; choose bytes, {', '.join(known)}, bpe:SIZE, the path of a "
                         'tokenizer.json or SentencePiece model, or a Hugging Face id such as HuggingFaceTB/cosmo2-tokenizer')
     path = _tokenizer_file(name if os.path.exists(name) else from_hub(name, FILES, f"tokenizer='{name}'"))
