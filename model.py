@@ -100,11 +100,15 @@ class LearnedPositions(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.block_size, config.n_embd))
 
-    def embed(self, x):
-        return x + self.weight[:x.size(1)]
+    def embed(self, x, where):
+        return x + self.weight[where]
 
-    def rotate(self, q, k):
-        return q, k
+    def angles(self, where):
+        return None
+
+    @staticmethod
+    def rotate(x, angles):
+        return x
 
 
 def parse_rope_scaling(text):
@@ -154,48 +158,110 @@ class RotaryPositions(nn.Module):
         self.register_buffer('cos', angle.cos(), persistent=False)
         self.register_buffer('sin', angle.sin(), persistent=False)
 
-    def embed(self, x):
+    def embed(self, x, where):
         return x
 
-    def rotate(self, q, k):
-        T = q.size(2)
-        cos, sin = self.cos[:T], self.sin[:T]  # (T, hs)
-        return self._turn(q, cos, sin), self._turn(k, cos, sin)
+    def angles(self, where):
+        return self.cos[where].unsqueeze(-2), self.sin[where].unsqueeze(-2)  # (T, 1, hs) or (B, T, 1, hs)
 
-    def _turn(self, x, cos, sin):
+    @staticmethod
+    def rotate(x, angles):
+        cos, sin = angles
         first, second = x.chunk(2, dim=-1)
         return (x * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
 
 
-def sliding_mask(T, window, device):
-    """Which keys (columns) each query sees: itself and the `window` - 1 before it, (T, T); None where that is all."""
-    if not 0 < window < T:
-        return None
-    return torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(1 - window)
+def visible(queries, keys, window):
+    """
+    Which keys each query sees, by their positions (T,) and (S,): itself, those before it, and of these the nearest
+    `window` only, itself included (0 = all); (T, S), True where it sees.
+    """
+    distance = queries[:, None] - keys
+    seen = distance >= 0
+    return seen & (distance < window) if window else seen
+
+
+class KVCache:
+    """
+    The keys and values of the tokens that a model has read, so that it need not read them again: `model(idx,
+    cache=cache)` reads only what is new, and its logits are those of the whole text (Pope et al. 2022, section 3.1).
+
+    A row's tokens stand in consecutive slots. All rows end in the same slot; a shorter row begins in a later one, and the
+    slots before it are padding.
+    """
+
+    def __init__(self, config, batch_size, size, dtype=torch.float32, device='cpu', static=False):
+        """
+        `size`: slots, at most `block_size`; `dtype`: of what is kept. `static`: single tokens are read with shapes that
+        never change, over all slots, which is what a compiler wants.
+        """
+        shape = (batch_size, config.n_kv_head, size, config.head_size)
+        self.k, self.v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)] for _ in 'kv')
+        self.slots = torch.arange(size, device=device)
+        self.window, self.static = config.sliding_window, static
+        self.length, self.padding = 0, None  # slots in use; padding slots before each row (B,), None = none at all
+
+    def advance(self, T):
+        """
+        Makes room for T tokens in the next slots → their positions, which index a tensor's first dimension, and the mask
+        of the slots that they see, None if each sees all up to itself. Raises ValueError if there is no room.
+        """
+        start, size = self.length, len(self.slots)
+        if start + T > size:
+            raise ValueError(f'{start} tokens and {T} more are beyond the {size} slots of the cache')
+        self.length += T
+        static = self.static and T == 1
+        self.reach = size if static else self.length  # slots that attention reads
+        self.at = self.slots[start:start + 1].clone() if static else slice(start, self.length)  # those written to
+        windowed = 0 < self.window < self.length
+        if self.padding is None and not (static or windowed or T > 1 and start):
+            return self.at, None
+        queries, keys = self.slots[start:self.length], self.slots[:self.reach]
+        mask = visible(queries, keys, self.window)
+        if self.padding is None:
+            return self.at, mask
+        # a padding slot sees itself: a query that sees nothing would be not a number
+        mask = mask & (keys >= self.padding[:, None, None]) | (keys == queries[:, None])  # (B, T, reach)
+        return (queries - self.padding[:, None]).clamp(min=0), mask[:, None]
+
+    def append(self, layer, k, v):
+        """A layer's new keys and values (B, nkv, T, hs) go into their slots → all of them (B, nkv, reach, hs)."""
+        for kept, new in ((self.k[layer], k), (self.v[layer], v)):
+            kept[:, :, self.at] = new.to(kept.dtype)
+        return self.k[layer][:, :, :self.reach], self.v[layer][:, :, :self.reach]
+
+    def repeat(self, batch_size):
+        """The only row becomes so many."""
+        self.k, self.v = ([kept.repeat(batch_size, 1, 1, 1) for kept in part] for part in (self.k, self.v))
 
 
 class Attention(nn.Module):
     """Causal self-attention; `n_head / n_kv_head` query heads share each key and value head."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        hs = config.head_size
-        self.sizes = [config.n_head * hs, config.n_kv_head * hs, config.n_kv_head * hs]
+        nh, nkv, hs = config.n_head, config.n_kv_head, config.head_size
+        self.layer = layer  # its number, by which the cache knows it
+        self.heads = (nh, nkv)
         self.head_size = hs
-        self.grouped = config.n_kv_head < config.n_head
+        self.grouped = nkv < nh
         self.dropout = config.dropout
-        self.c_attn = nn.Linear(config.n_embd, sum(self.sizes), bias=config.bias)  # query, key and value in one product
+        self.rotate = POSITIONS[config.pos].rotate
+        self.c_attn = nn.Linear(config.n_embd, (nh + 2 * nkv) * hs, bias=config.bias)  # query, key and value in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, positions, mask):
+    def forward(self, x, angles, mask, cache):
         B, T, C = x.shape
-        q, k, v = (part.view(B, T, -1, self.head_size).transpose(1, 2)  # (B, nh or nkv, T, hs)
-                   for part in self.c_attn(x).split(self.sizes, dim=-1))
-        q, k = positions.rotate(q, k)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped,
-                                           dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        nh, nkv = self.heads
+        qk, v = self.c_attn(x).view(B, T, -1, self.head_size).split((nh + nkv, nkv), dim=2)
+        q, k = self.rotate(qk, angles).split((nh, nkv), dim=2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh or nkv, T, hs)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = F.scaled_dot_product_attention(q.type_as(k), k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           enable_gqa=self.grouped, dropout_p=self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).reshape(B, T, C).type_as(qk)
         return self.resid_dropout(self.c_proj(y))
 
 
@@ -234,15 +300,15 @@ POSITIONS = {'learned': LearnedPositions, 'rope': RotaryPositions}
 class Block(nn.Module):
     """Attention, then feed-forward, each normalised before and added to the residual stream after."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.norm_1 = NORMS[config.norm](config)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.norm_2 = NORMS[config.norm](config)
         self.mlp = MLPS[config.mlp](config)
 
-    def forward(self, x, positions, mask):
-        x = x + self.attn(self.norm_1(x), positions, mask)
+    def forward(self, x, angles, mask, cache):
+        x = x + self.attn(self.norm_1(x), angles, mask, cache)
         x = x + self.mlp(self.norm_2(x))
         return x
 
@@ -256,7 +322,7 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.positions = POSITIONS[config.pos](config)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm_f = NORMS[config.norm](config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
@@ -286,23 +352,36 @@ class Transformer(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=self.config.init_std)
 
-    def forward(self, idx, targets=None, reduction='mean'):
+    def forward(self, idx, targets=None, reduction='mean', cache=None):
         """
         Token ids `idx` (B, T) → logits (B, T, V); with `targets` (B, T), a scalar: the cross-entropy in nats, its mean
-        or its sum (`reduction`) over the targets that are not -1.
+        or its sum (`reduction`) over the targets that are not -1. With a `cache`, `idx` goes on from what it holds.
 
-        Raises ValueError if T is more than `block_size`.
+        Raises ValueError if T is more than `block_size`, or than the cache has room for.
         """
-        if idx.size(1) > self.config.block_size:
-            raise ValueError(f'{idx.size(1)} tokens are more than block_size {self.config.block_size}')
-        mask = sliding_mask(idx.size(1), self.config.sliding_window, idx.device)
-        x = self.drop(self.positions.embed(self.wte(idx)))  # (B, T, C)
-        for block in self.h:
-            x = block(x, self.positions, mask)
-        logits = self.lm_head(self.norm_f(x))  # (B, T, V)
+        T, window = idx.size(1), self.config.sliding_window
+        if T > self.config.block_size:
+            raise ValueError(f'{T} tokens are more than block_size {self.config.block_size}')
+        where, mask = slice(0, T), None
+        if cache is not None:
+            where, mask = cache.advance(T)
+        elif 0 < window < T:
+            mask = visible(torch.arange(T, device=idx.device), torch.arange(T, device=idx.device), window)
+        logits = self.lm_head(self.hidden(idx, where, mask, cache))  # (B, T, V)
         if targets is None:
             return logits
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+
+    def hidden(self, idx, where, mask, cache=None):
+        """
+        Token ids (B, T) → the states that the output layer reads (B, T, C). `where`: the tokens' positions, a slice, (T,)
+        or (B, T); `mask`: what each attends to, None = all up to itself.
+        """
+        x = self.drop(self.positions.embed(self.wte(idx), where))
+        angles = self.positions.angles(where)
+        for block in self.h:
+            x = block(x, angles, mask, cache)
+        return self.norm_f(x)
 
     def count_parameters(self):
         """Parameters, with a tied matrix counted once."""
@@ -315,38 +394,3 @@ class Transformer(nn.Module):
         matrices -= 0 if c.tie_weights else c.vocab_size * c.n_embd  # looking up an embedding multiplies nothing
         reach = min(c.sliding_window or c.block_size, c.block_size)
         return 6 * matrices + 12 * c.n_layer * c.n_embd * reach
-
-
-# Generation is a ladder: logits → probabilities → the next token → a sequence of them.
-
-def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """
-    Logits (B, V) → probabilities (B, V), all but the `top_k` largest (0 = all) and all beyond the smallest set that
-    holds `top_p` of the mass (Holtzman et al. 2020) set to 0. A temperature of 0 puts everything on the largest.
-    """
-    if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
-    logits = logits.float() / temperature
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
-    p = logits.softmax(-1)
-    if top_p < 1:
-        ordered, order = p.sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # the mass before a token already suffices
-        p = p.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0)
-        p = p / p.sum(-1, keepdim=True)
-    return p
-
-
-@torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, vocab_size=None, generator=None):
-    """
-    Continues `idx` (B, T) by up to `max_new_tokens`, yielding the next ids (B,) one at a time; the context is the last
-    `block_size` tokens. Ids from `vocab_size` on, rows that only pad the model's vocabulary, are never drawn.
-    """
-    for _ in range(max_new_tokens):
-        logits = model(idx[:, -model.config.block_size:])[:, -1, :vocab_size]  # (B, V)
-        p = probabilities(logits, temperature, top_k, top_p)
-        nxt = torch.multinomial(p, 1, generator=generator)  # (B, 1)
-        idx = torch.cat((idx, nxt), dim=1)
-        yield nxt[:, 0]

@@ -1,76 +1,200 @@
 """
-Generates text from a checkpoint, which needs nothing beside it, or from a model in Hugging Face's form.
+Lets a model write: text, several texts, or a chat; from a checkpoint, or from a model in Hugging Face's form.
 
     python sample.py                                                      # from the default run of train.py
     python sample.py --out_dir=out/mini_owl --prompt='In the bakery' --temperature=0
     python sample.py --init_from=out/gpt2/best.pt --prompt_file=beginning.txt --num_samples=3 --top_p=0.9
-    python sample.py --init_from=HuggingFaceTB/SmolLM2-135M --prompt='Bread is'
+    python sample.py --init_from=HuggingFaceTB/SmolLM2-135M-Instruct --chat
+    python sample.py --compare='out/stdlib/ckpt_*.pt' --prompt='def '     # the same text at every kept checkpoint
 """
 
 from configurator import UserError, configure
 
-# ---- settings
+# ---- who writes
 out_dir = 'out/stdlib'  # the run whose latest checkpoint writes
 init_from = ''  # or any checkpoint's path, or a folder in Hugging Face's form, or a model's id on its hub
+compare = ''  # checkpoints of a run, as a pattern: each continues the prompt, with its step and loss beside it
+# ---- what
 prompt = ''  # what the text continues; '' = it begins from end-of-text, as a new document
 prompt_file = ''  # a file that holds the prompt
-num_samples = 1  # continuations of the prompt, one after the other
-max_new_tokens = 1000  # tokens of each sample, unless it ends before
+prompts_file = ''  # a file with a prompt on each line, all continued in one batch
+num_samples = 1  # continuations of each prompt, in one batch
+chat = False  # a conversation, typed in; for models with a chat template (others continue what is typed)
+system = ''  # chat: the system message that it begins with
+# ---- how
+max_new_tokens = 1000  # tokens of each sample, or answer, unless it ends before
 temperature = 0.8  # 0 = always the likeliest token; 1 = as the model says
 top_k = 0  # only the so many likeliest tokens; 0 = all
-top_p = 1.0  # only the likeliest tokens that together have this probability (nucleus sampling)
+top_p = 1.0  # only the likeliest tokens that together have this probability (nucleus sampling); 1 = all
+min_p = 0.0  # only tokens at least this times as likely as the likeliest; 0 = all
+repetition_penalty = 1.0  # divides the logits of tokens that were there already; 1 = none, 1.1 to 1.3 against loops
+stop = ''  # texts that end a sample, with | between them; \n is a line end
 seed = 1337  # of the first sample; the next has the next
+# ---- machine
 device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps
-dtype = 'auto'  # auto | float32 | bfloat16 | float16: of matrix products; auto = bfloat16 if native
+dtype = 'auto'  # auto | float32 | bfloat16 | float16 | int8: of weights; auto = bfloat16 if native; int8 is for CPUs
+compile = False  # True | False: torch.compile; takes up to a minute first, then writes 1.3 to 2 times as fast
 # ----
 config = configure(globals())
 
+import glob
 import os
-
-import torch
+import re
+import sys
+from dataclasses import replace
 
 import checkpoint
-from device import autocast, pick_device, pick_dtype
-from model import generate
+from chat import chat_template, end_of_answer, fit
+from device import pick_device, pick_dtype
+from generation import Sampling, Writer, window_start
 
 
-def read_prompt():
-    """The prompt's text, from the setting or the file."""
-    if not prompt_file:
-        return prompt
-    if prompt:
-        raise UserError('prompt and prompt_file are both given; choose one')
+def read(name, path):
+    """The text of the file that the setting `name` gives."""
     try:
-        with open(prompt_file, encoding='utf-8') as f:
+        with open(path, encoding='utf-8') as f:
             return f.read()
     except UnicodeDecodeError:
-        raise UserError(f"prompt_file='{prompt_file}' is not UTF-8 text") from None
+        raise UserError(f"{name}='{path}' is not UTF-8 text") from None
     except OSError as e:
-        raise UserError(f"prompt_file='{prompt_file}' cannot be read ({e.strerror})") from None
+        raise UserError(f"{name}='{path}' cannot be read ({e.strerror})") from None
 
 
-def check_settings():
-    for name, ok, rule in (('temperature', temperature >= 0, '0 or more'), ('top_k', top_k >= 0, '0 or more'),
-                           ('top_p', 0 < top_p <= 1, 'above 0 and at most 1'), ('num_samples', num_samples > 0, 'above 0'),
-                           ('max_new_tokens', max_new_tokens >= 0, '0 or more')):
-        if not ok:
-            raise UserError(f'{name}={config[name]} must be {rule}')
+def read_prompts():
+    """The prompts' texts, from the setting or a file."""
+    given = [name for name in ('prompt', 'prompt_file', 'prompts_file') if config[name]]
+    if len(given) > 1:
+        raise UserError(f'{" and ".join(given)} are both given; choose one')
+    if not prompts_file:
+        return [read('prompt_file', prompt_file) if prompt_file else prompt]
+    lines = [line for line in read('prompts_file', prompts_file).splitlines() if line]
+    if not lines:
+        raise UserError(f"prompts_file='{prompts_file}' holds no prompt: each line that is not empty is one")
+    return lines
 
 
-check_settings()
-text = read_prompt()
+def note(words):
+    """Says what is to be known and is no part of the text."""
+    print(f'note: {words}', file=sys.stderr, flush=True)
+
+
+def load(name):
+    """The model called `name`, ready to write, and the rest of its checkpoint."""
+    model, tokenizer, rest = checkpoint.load_model(name)
+    return Writer(model, tokenizer, device, dtype, compile), rest
+
+
+def complete(writer, texts, seeds):
+    """Prints what the model makes of each text: the first as it comes, each other as soon as those before it have ended."""
+    prompts, block_size = [writer.tokenizer.beginning(text) for text in texts], writer.model.config.block_size
+    for n in sorted({len(ids) for ids in prompts if len(ids) > block_size}):
+        note(f'the prompt has {n:,} tokens, and the model sees {block_size:,}: the first {window_start(n, block_size):,} are '
+             'left out')
+    waits, ended, lengths, shown = list(texts), [False] * len(texts), list(map(len, prompts)), 0
+    print(waits[0], end='', flush=True)
+    waits[0] = ''
+    for row, text, ended[row] in writer.write(prompts, sampling, seeds, begins=not texts[0]):
+        lengths[row] += 1
+        waits[row] += text
+        while shown < len(texts) and (waits[shown] or ended[shown]):
+            print(waits[shown], end='', flush=True)
+            waits[shown] = ''
+            if not ended[shown]:
+                break
+            shown += 1
+            print('\n--------' if shown < len(texts) else '')
+    if max_new_tokens == 0:
+        print('\n--------\n'.join(waits))
+    longest = max(lengths)
+    if longest > block_size >= max(map(len, prompts)):
+        note(f'the text came to {longest:,} tokens, and the model sees {block_size:,}: each time that these were full, the '
+             f'oldest {window_start(block_size + 1, block_size):,} dropped out of its sight')
+
+
+def compare_checkpoints(texts):
+    """Prints the continuation of the same text at every checkpoint, in the order of their numbers."""
+    paths = sorted(glob.glob(compare), key=lambda path: [int(part) if part.isdigit() else part
+                                                         for part in re.split(r'(\d+)', os.path.basename(path))])
+    if not paths:
+        raise UserError(f"compare='{compare}' matches no file; train.py keeps checkpoints with --keep_every=STEPS")
+    for path in paths:
+        writer, rest = load(path)
+        step = rest['iter']
+        log = {key: value for record in checkpoint.read_log(os.path.dirname(path), step) if record['iter'] == step
+               for key, value in record.items()}
+        losses = [f', {name} {log[key]:.4f}' for key, name in (('loss', 'loss'), ('val_loss', 'validation loss')) if key in log]
+        print(f'======== {path}: step {step:,}' + ''.join(losses))
+        complete(writer, texts, [seed + i for i in range(len(texts))])
+
+
+def talk(writer):
+    """A conversation on the terminal. Ctrl-C stops an answer; /reset forgets; Ctrl-D or /exit leaves."""
+    tokenizer, block_size = writer.tokenizer, writer.model.config.block_size
+    beginning = [{'role': 'system', 'content': system}] if system else []
+    messages, answers = list(beginning), 0
+    chats = bool(chat_template(tokenizer))
+    if not chats:
+        note('this model has no chat template: it goes on with what you type, each time from nothing')
+    stop_ids = end_of_answer(tokenizer) if chats else tokenizer.stop_ids()
+    while True:
+        try:
+            line = input('> ')
+        except EOFError:
+            return print()
+        except KeyboardInterrupt:
+            print()
+            note('Ctrl-D, or /exit, leaves')
+            continue
+        if line.strip() == '/exit':
+            return None
+        if line.strip() == '/reset':
+            messages = list(beginning)
+            note('the conversation begins anew')
+            continue
+        if line.startswith('/') or not line.strip():
+            note('/reset begins a new conversation, /exit leaves; anything else is said to the model')
+            continue
+        if chats:
+            messages.append({'role': 'user', 'content': line})
+            try:
+                ids, dropped = fit(tokenizer, messages, block_size, min(max_new_tokens, block_size // 4))
+            except UserError as e:
+                messages.pop()
+                note(e)
+                continue
+            if dropped:
+                del messages[len(beginning):len(beginning) + dropped]
+                note(f'the conversation no longer fits into {block_size:,} tokens: its oldest {dropped} messages are forgotten')
+        else:
+            ids = tokenizer.beginning(line)
+        answer = ''
+        limit = min(max_new_tokens, block_size - len(ids)) if chats else max_new_tokens
+        try:
+            for _, text, _ in writer.write([ids], replace(sampling, max_new_tokens=limit), [seed + answers], stop_ids, chats):
+                print(text, end='', flush=True)
+                answer += text
+        except KeyboardInterrupt:
+            print(' ...', end='')
+        print()
+        messages.append({'role': 'assistant', 'content': answer})
+        answers += 1
+
+
+sampling = Sampling.of(config)
+if num_samples < 1:
+    raise UserError(f'num_samples={num_samples} must be above 0')
+if sum(map(bool, (chat, compare))) == 2:
+    raise UserError('chat and compare are both given; choose one')
+if dtype == 'int8' and compile:
+    raise UserError("dtype='int8' is not compiled; leave out compile, or use --dtype=bfloat16")
+texts = [text for text in read_prompts() for _ in range(num_samples)]
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
-model, tokenizer, _ = checkpoint.load_model(init_from or os.path.join(out_dir, 'ckpt.pt'))
-model.to(device)
-ids = torch.tensor([tokenizer.beginning(text)], device=device)
-for i in range(num_samples):
-    generator = torch.Generator(device).manual_seed(seed + i)
-    stream = tokenizer.stream(begins=not text)
-    print(text, end='', flush=True)
-    with autocast(device, dtype):
-        for token in generate(model, ids, max_new_tokens, temperature, top_k, top_p, tokenizer.vocab_size, generator):
-            if token.item() == tokenizer.eot_id:
-                break
-            print(stream(token.item()), end='', flush=True)
-    print('\n--------' if i < num_samples - 1 else '')
+if compare:
+    compare_checkpoints(texts)
+else:
+    writer, _ = load(init_from or os.path.join(out_dir, 'ckpt.pt'))
+    if chat:
+        talk(writer)
+    else:
+        complete(writer, texts, [seed + i % num_samples for i in range(len(texts))])

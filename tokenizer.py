@@ -35,6 +35,8 @@ class Tokenizer:
     """What all kinds share. `decode_bytes` is the primitive: a token may hold half a character."""
 
     bos_id = None
+    special = {}  # special token → id, of those that a text may spell where they are asked for
+    beside = {}  # what else came with it, such as a chat template
     cut = None  # a pattern: a long text may be cut where a match ends; None: it is encoded whole
     dummy_prefix = False  # whether a text is encoded with a blank put before it (SentencePiece's way)
 
@@ -77,6 +79,14 @@ class Tokenizer:
             return text
 
         return text_of
+
+    def known_ids(self):
+        """The ids that stand for something; some vocabularies have gaps."""
+        return range(self.vocab_size)
+
+    def stop_ids(self):
+        """The ids that end a text: end-of-text, and others where a model in Hugging Face's form names several."""
+        return {self.eot_id}
 
     def fingerprint(self):
         state = {key: value for key, value in self.state().items() if key not in ('name', 'beside')}
@@ -161,6 +171,9 @@ class TiktokenTokenizer(Tokenizer):
     def decode_bytes(self, ids):
         return self.encoding.decode_bytes([i for i in ids if i in self.text_ids])
 
+    def known_ids(self):
+        return self.text_ids | set(self.special.values())
+
     def state(self):
         # tiktoken's own file format: a line for each token, its bytes in base64 and its id
         lines = (f'{base64.b64encode(token).decode()} {i}' for token, i in sorted(self.ranks.items(), key=lambda t: t[1]))
@@ -203,6 +216,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 self.bytes_of[i] = bytes([int(byte[1], 16)]) if byte else token.replace('▁', ' ').encode()
         for i, token in added.items():
             self.bytes_of[i] = b'' if token['special'] else token['content'].encode()
+        self.special = {token['content']: i for i, token in added.items() if token['special']}
+        self.known = added.keys() | model['vocab'].values()
         self.tiktoken = self.slow = None
         fast = as_tiktoken(spec)
         if fast:
@@ -230,6 +245,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode_bytes(self, ids):
         return b''.join(self.bytes_of[i] for i in ids)
+
+    def known_ids(self):
+        return self.known
+
+    def stop_ids(self):
+        return {self.eot_id, *self.beside.get('eos_token_id', ())}
 
     def state(self):
         return {'kind': 'huggingface', 'name': self.name, 'json': self.json, 'eot_id': self.eot_id, 'bos_id': self.bos_id,

@@ -94,7 +94,8 @@ import checkpoint
 import huggingface
 from dataset import Split, TrainingOrder, folder_of, hash_ints, parse_mix, read_ahead, read_meta, read_tokenizer, val_batches
 from device import autocast, device_name, distributed, peak_flops, pick_device, pick_dtype, synchronize
-from model import ModelConfig, Transformer, generate
+from generation import Sampling, generate, unknown_ids
+from model import ModelConfig, Transformer
 from optim import make_optimizer, make_schedule
 from tokenizer import tokenizer_from_state
 
@@ -313,12 +314,11 @@ def sample():
     if not all(p.isfinite().all() for p in raw_model.parameters()):
         return say('no sample: the weights are no finite numbers any more; lower learning_rate or lengthen warmup_iters')
     raw_model.eval()
-    ids = torch.tensor([tokenizer.beginning(sample_prompt)], device=device)
-    generator = torch.Generator(device).manual_seed(seed)
     text, stream = sample_prompt, tokenizer.stream(begins=not sample_prompt)
     with autocast(device, dtype):
-        for nxt in generate(raw_model, ids, sample_tokens, 0.8, vocab_size=tokenizer.vocab_size, generator=generator):
-            text += stream(nxt.item())
+        for (nxt,) in generate(raw_model, [tokenizer.beginning(sample_prompt)], Sampling(max_new_tokens=sample_tokens),
+                               [torch.Generator().manual_seed(seed)], unknown_ids(tokenizer, raw_model)):
+            text += stream(nxt)
     raw_model.train()
     say(f'--------\n{text}\n--------')
 

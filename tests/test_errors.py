@@ -140,9 +140,15 @@ def test_a_run_is_not_continued_on_another_tokenizers_data(place):
     ('--temperature=-1', 'temperature=-1.0 must be 0 or more'), ('--top_p=0', 'top_p=0.0 must be above 0'),
     ('--top_k=-1', 'top_k=-1 must be 0 or more'), ('--num_samples=0', 'num_samples=0 must be above 0'),
     ('--prompt_file=none.txt', "prompt_file='none.txt' cannot be read"),
-    ('--prompt=a --prompt_file=b', 'both given'), ('--out_dir=out/none', 'out/none/ckpt.pt: there is no checkpoint'),
+    ('--prompt=a --prompt_file=b', 'both given'), ('--min_p=2', 'min_p=2.0 must be from 0 to 1'),
+    ('--repetition_penalty=0', 'repetition_penalty=0.0 must be above 0'), ('--chat --compare=x', 'both given'),
+    ('--compare=out/none/*.pt', "compare='out/none/*.pt' matches no file"), ('--dtype=int9', "dtype='int9'"),
+    ('--dtype=int8 --compile', "dtype='int8' is not compiled"),
+    ('--prompts_file=empty', "prompts_file='empty' holds no prompt"),
+    ('--out_dir=out/none', 'out/none/ckpt.pt: there is no checkpoint'),
     ('--promt=a', 'did you mean prompt?')])
 def test_sample_refuses(tmp_path, args, words):
+    (tmp_path / 'empty').write_text('\n')
     assert words in fails('sample.py', *args.split(), cwd=tmp_path)
 
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import ROOT, run
 from test_errors import fails
+from test_generation import naive_greedy
 from test_huggingface import OURS
 from test_model import make
 from test_tokenizer import ODD, mistral_json, mistral_model, trained
 
 import huggingface
-from model import generate
 from tokenizer import HuggingFaceTokenizer, load_tokenizer
 
 PROMPTS = ['In the bakery', 'def ', 'naïve café, 日本 🍞']
@@ -51,12 +51,8 @@ def lively(request, tmp_path):
 
 def greedy(model, tok, prompt, n=40):
     """Ids of the continuation, up to the end of text."""
-    ids = []
-    for token in generate(model, torch.tensor([tok.beginning(prompt)]), n, 0, vocab_size=tok.vocab_size):
-        if token.item() == tok.eot_id:
-            break
-        ids.append(token.item())
-    return ids
+    ids = naive_greedy(model, tok.beginning(prompt), n, tok.vocab_size)
+    return ids[:ids.index(tok.eot_id)] if tok.eot_id in ids else ids
 
 
 def test_llama_cpp_writes_the_same_text(lively):

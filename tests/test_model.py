@@ -110,9 +110,9 @@ def test_ignored_targets_neither_count_nor_teach(family):
 
 def test_rotary_embeddings_see_distances_only():
     model = make(TINY_LLAMA)
-    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 32, 8)
-    q, k = model.positions.rotate(q, k)
-    products = (q @ k.transpose(-1, -2))[0, 0]  # (query position, key position)
+    angles = model.positions.angles(slice(0, 32))
+    q, k = (model.positions.rotate(x.expand(32, 1, 8), angles)[:, 0] for x in torch.randn(2, 8))  # (T, hs)
+    products = q @ k.T  # (query position, key position)
     for distance in (0, 1, 9):
         diagonal = products.diagonal(-distance)
         assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-5)

@@ -1,59 +1,8 @@
-"""Sampling: greedy is the argmax, the filters keep what they promise, and a checkpoint is all that it needs."""
+"""sample.py: a checkpoint is all that it needs, samples are their seeds', and what is left out is said."""
 
 import shutil
 
-import pytest
-import torch
-from conftest import ROOT, TINY, run
-from test_model import FAMILIES, make
-
-from model import generate, probabilities
-
-LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 0.0, 3.0, 0.0]])
-
-
-def test_temperature():
-    assert torch.equal(probabilities(LOGITS, 0), torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 0]]))
-    assert torch.allclose(probabilities(LOGITS, 0.5), (2 * LOGITS).softmax(-1))
-
-
-def test_top_k_keeps_the_k_likeliest():
-    p = probabilities(LOGITS, top_k=2)
-    assert torch.allclose(p[0], torch.tensor([0.7311, 0.2689, 0, 0]), atol=1e-4)
-    assert torch.equal(probabilities(LOGITS, top_k=9), LOGITS.softmax(-1))
-
-
-def test_top_p_keeps_the_smallest_set_that_holds_p():
-    # the first row's probabilities are 0.644, 0.237, 0.087, 0.032
-    for top_p, kept in ((0.6, 1), (0.7, 2), (0.88, 2), (0.89, 3), (1.0, 4), (1e-9, 1)):
-        p = probabilities(LOGITS[:1], top_p=top_p)
-        assert (p > 0).sum() == kept and torch.allclose(p.sum(), torch.tensor(1.0))
-        assert torch.allclose(p[0, 1] / p[0, 0], torch.tensor(0.0 if kept == 1 else 0.3679), atol=1e-4)
-
-
-@pytest.mark.parametrize('family', ['gpt2', 'llama'])
-def test_greedy_generation_is_the_argmax_of_the_last_context_and_never_a_padding_id(family):
-    model = make(FAMILIES[family])
-    idx = torch.randint(0, 96, (2, 5))
-    tokens = list(generate(model, idx, 40, temperature=0, vocab_size=90))  # runs past block_size 32
-    context = idx
-    for token in tokens:
-        expected = model(context[:, -32:])[:, -1, :90].argmax(-1)
-        assert torch.equal(token, expected)
-        context = torch.cat((context, token[:, None]), dim=1)
-
-
-def test_draws_follow_the_probabilities():
-    class Fixed(torch.nn.Module):
-        config = make(FAMILIES['gpt2']).config
-
-        def forward(self, idx):
-            return LOGITS[:1].expand(len(idx), idx.size(1), 4)
-
-    (drawn,) = generate(Fixed(), torch.zeros(20_000, 1, dtype=torch.int64), 1, top_k=3,
-                        generator=torch.Generator().manual_seed(0))
-    found = torch.bincount(drawn, minlength=4) / 20_000
-    assert torch.allclose(found, probabilities(LOGITS[:1], top_k=3)[0], atol=0.01) and found[3] == 0
+from conftest import ROOT, TINY, losses, run
 
 
 def test_the_owl_is_recited_from_its_first_words(place):
@@ -79,3 +28,37 @@ def test_seeds_and_several_samples(place):
     assert run('sample.py', *args, cwd=place)[0].rstrip('\n') == samples[0].rstrip('\n')
     assert run('sample.py', *args, '--seed=1338', cwd=place)[0].rstrip('\n') == samples[1].rstrip('\n')
     assert run('sample.py', *args, '--prompt=', cwd=place)[0]  # from end-of-text
+    (place / 'prompts.txt').write_text('import os\n\ndef \n')
+    both, _ = run('sample.py', *args[:1], *args[2:], '--prompts_file=prompts.txt', '--num_samples=2', cwd=place)
+    both = both.rstrip('\n').split('\n--------\n')
+    assert both[2:] == [sample.rstrip('\n') for sample in samples[:2]]  # whatever is continued beside it
+    assert both[0].startswith('import os') and both[1].startswith('import os') and both[0] != both[1]
+
+
+def test_stops_lengths_and_what_is_said_of_the_context(place):
+    run('train.py', *TINY, cwd=place)
+    args = ('--out_dir=out/tiny', '--temperature=0')
+    text, notes = run('sample.py', *args, '--prompt=def ', '--max_new_tokens=12', cwd=place)
+    assert notes == '' and len(text) == len('def ') + 12 + 1
+    cut = text[8:11]
+    stopped, _ = run('sample.py', *args, '--prompt=def ', '--max_new_tokens=12', f'--stop=never|{cut}', cwd=place)
+    assert stopped == 'def ' + text[4:text.index(cut, 4)] + '\n'
+    assert run('sample.py', *args, '--prompt=def ', '--max_new_tokens=0', cwd=place)[0] == 'def \n'
+    _, notes = run('sample.py', *args, '--prompt=def ', '--max_new_tokens=40', cwd=place)
+    assert notes == ('note: the text came to 44 tokens, and the model sees 16: each time that these were full, the oldest 4 '
+                     'dropped out of its sight\n')
+    _, notes = run('sample.py', *args, '--prompt=' + 'x' * 50, '--max_new_tokens=4', cwd=place)
+    assert notes == 'note: the prompt has 50 tokens, and the model sees 16: the first 36 are left out\n'
+
+
+def test_a_model_is_watched_as_it_grows(place):
+    run('train.py', *TINY, '--keep_every=10', cwd=place)
+    out, _ = run('sample.py', '--compare=out/tiny/ckpt_*.pt', '--prompt=def ', '--max_new_tokens=8', cwd=place)
+    first, second = out.split('======== ')[1:]
+    loss = {it: value for (it, kind), value in losses(place / 'out' / 'tiny').items() if kind == 'val_loss'}
+    for it, part in ((10, first), (20, second)):
+        head, text = part.split('\n', 1)
+        assert head.startswith(f'out/tiny/ckpt_{it}.pt: step {it}, ') and text.startswith('def ')
+        assert head.endswith(f', validation loss {loss[it]:.4f}')
+    assert first.split('\n', 1)[1] == run('sample.py', '--init_from=out/tiny/ckpt_10.pt', '--prompt=def ', '--max_new_tokens=8',
+                                          cwd=place)[0]
