@@ -260,7 +260,7 @@ class PackedLinear(nn.Module):
         self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1), linear.bias
 
     def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, 'none', [], '')
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.weight, self.bias, 'none', [], '')
 
 
 class DotLinear(nn.Module):
@@ -301,8 +301,10 @@ def fast_linears(model, dtype, compile):
 def compiled_step(device):
     """`logits_after`, compiled anew for each size of batch and cache; as it is, and said, where compiling does not work."""
     if device == 'cpu':
-        # a norm or an activation is computed once, not anew in each sum over a row of weights
-        how = {'options': {'realize_opcount_threshold': 0, 'realize_reads_threshold': 0}}
+        # a norm or an activation is computed once, not anew in each sum over a row of weights; the kernels are called from C++
+        how = {'options': {'realize_opcount_threshold': 0, 'realize_reads_threshold': 0, 'cpp_wrapper': True}}
+        if hasattr(torch.compiler, 'skip_guard_on_all_nn_modules_unsafe'):  # the model does not change any more
+            how['options']['guard_filter_fn'] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
     else:
         how = {'mode': 'reduce-overhead'}  # CUDA graphs
     step = torch.compile(logits_after, dynamic=False, **how)

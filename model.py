@@ -154,9 +154,9 @@ class RotaryPositions(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        angle = torch.outer(torch.arange(config.block_size).float(), rope_frequencies(config)).repeat(1, 2)  # (block_size, hs)
-        self.register_buffer('cos', angle.cos(), persistent=False)
-        self.register_buffer('sin', angle.sin(), persistent=False)
+        angle = torch.outer(torch.arange(config.block_size).float(), rope_frequencies(config))  # (block_size, hs/2)
+        self.register_buffer('cos', angle.cos().repeat(1, 2), persistent=False)
+        self.register_buffer('sin', torch.cat((-angle.sin(), angle.sin()), dim=-1), persistent=False)
 
     def embed(self, x, where):
         return x
@@ -167,8 +167,7 @@ class RotaryPositions(nn.Module):
     @staticmethod
     def rotate(x, angles):
         cos, sin = angles
-        first, second = x.chunk(2, dim=-1)
-        return (x * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
+        return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).type_as(x)
 
 
 def visible(queries, keys, window):

@@ -43,6 +43,8 @@ import re
 import sys
 from dataclasses import replace
 
+os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')  # large pages, before torch asks: CPUs read weights some 10% faster
+
 import checkpoint
 from chat import chat_template, end_of_answer, fit
 from device import pick_device, pick_dtype
