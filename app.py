@@ -113,7 +113,7 @@ SETTINGS = [*(field.name for field in fields(Sampling)), 'seed']  # as they come
 def chosen(values):
     """(Sampling, seed) from the page's settings; one that was emptied is the script's."""
     settings = {name: config[name] if value is None else value for name, value in zip(SETTINGS, values)}
-    return Sampling.of(settings), settings['seed'] % 2**63
+    return Sampling.of(settings), settings['seed']
 
 
 @contextmanager
@@ -264,6 +264,8 @@ if not 0 < port < 2**16:
     raise UserError(f'port={port} must be from 1 to {2**16 - 1}')
 try:
     socket.create_server((host, port)).close()
+except UnicodeError:
+    raise UserError(f"host='{host}' is no address") from None
 except OSError as e:
     if e.errno == errno.EADDRINUSE:
         raise UserError(f'port={port} is in use; choose another with --port') from None

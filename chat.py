@@ -41,13 +41,12 @@ def _compiled(template):
 
 def render(tokenizer, messages, answers=True):
     """Messages → ids; `answers`: up to where the assistant's answer begins. Raises UserError if the template refuses them."""
-    from jinja2 import TemplateError
     name_of = {i: token for token, i in tokenizer.special.items()}
     try:
         text = _compiled(chat_template(tokenizer)).render(
-            messages=messages, add_generation_prompt=answers, bos_token=name_of.get(tokenizer.bos_id, ''),
-            eos_token=name_of.get(tokenizer.eot_id, ''))
-    except TemplateError as e:
+            messages=messages, tools=None, documents=None, add_generation_prompt=answers,
+            bos_token=name_of.get(tokenizer.bos_id, ''), eos_token=name_of.get(tokenizer.eot_id, ''))
+    except Exception as e:  # a template is a program, and can fail in any way
         raise UserError(f'the chat template of {tokenizer.name} refuses this conversation: {e}') from None
     return tokenizer.encode(text, special=True)
 

@@ -39,7 +39,7 @@ def pick_device(name, local_rank=0, world_size=1):
     if index and not index.isdigit() or int(index or 0) >= here[kind]:
         raise UserError(f"device='{name}', but torch {torch.__version__} sees {here[kind]} {kind} device(s) here, and this "
                         f'process needs number {index or 0}; use --device=auto, or fewer processes')
-    return f'{kind}:{index}' if index else kind
+    return f'{kind}:{index}' if index and kind != 'cpu' else kind
 
 
 def pick_dtype(name, device):

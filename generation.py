@@ -9,8 +9,10 @@ From a model's logits to text: sampling, batches of prompts, streams, and what m
 It is a ladder of small functions: logits → probabilities → the next token → prefill and decode → ids → text.
 """
 
+import itertools
 import math
 import sys
+import types
 import warnings
 from dataclasses import dataclass, fields
 
@@ -20,6 +22,8 @@ from torch.nn import functional as F
 
 from configurator import UserError
 from model import KVCache
+
+NUMBERS = itertools.count()
 
 
 @dataclass
@@ -40,7 +44,7 @@ class Sampling:
                                ('top_k', self.top_k >= 0, '0 or more'),
                                ('top_p', 0 < self.top_p <= 1, 'above 0 and at most 1'),
                                ('min_p', 0 <= self.min_p <= 1, 'from 0 to 1'),
-                               ('repetition_penalty', 0 < self.repetition_penalty < math.inf, 'above 0')):
+                               ('repetition_penalty', 0.01 <= self.repetition_penalty <= 100, 'from 0.01 to 100')):
             if not ok:
                 raise UserError(f'{name}={getattr(self, name)} must be {rule}')
 
@@ -65,7 +69,7 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     but the `top_k` largest set to 0 (0 = none); then all beyond the smallest set that holds `top_p` of the mass (Holtzman
     et al. 2020); then all less than `min_p` times the largest (Nguyen et al. 2024).
     """
-    if temperature == 0:
+    if temperature < 1e-6:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
     logits = logits.float()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0: nothing overflows
@@ -90,6 +94,8 @@ def draw(p, generators):
     generator, of the CPU on every device. (torch.multinomial draws a number for each of V.)
     """
     mass = (p.cpu() if p.is_mps else p).double().cumsum(-1)
+    if not mass[:, -1].isfinite().all():
+        raise UserError("the model's logits are not finite numbers; if dtype is float16 they overflow: use --dtype=float32")
     chance = torch.cat([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
     return torch.searchsorted(mass, (chance.to(mass.device) * mass[:, -1])[:, None], right=True)[:, 0].to(p.device)
 
@@ -149,7 +155,7 @@ def generate(model, prompts, sampling, generators, unknown=None, step=None):
             of_row[row] = True
     size = max(map(len, rows)) + sampling.max_new_tokens
     if step:
-        size = -(-size // 256) * 256  # few sizes: each is compiled anew
+        size = max(256, 1 << (size - 1).bit_length())  # few sizes: each is compiled anew
     starts = tokens = None
     for _ in range(sampling.max_new_tokens):
         former, starts = starts, [window_start(len(row), block_size) for row in rows]
@@ -210,6 +216,8 @@ class Writer:
         Takes `model` over: its weights are converted, and laid out as generation reads them fastest. `dtype` 'int8' is for
         CPUs: 8 bits for a weight, and for an activation within a product.
         """
+        if dtype == 'int8' and compile:
+            raise UserError("dtype='int8' is not compiled; leave out compile, or use --dtype=bfloat16")
         if dtype == 'int8' and device != 'cpu':
             raise UserError(f"dtype='int8' is for CPUs, and device is {device}; use --dtype=bfloat16, or --device=cpu")
         self.tokenizer, self.device = tokenizer, device
@@ -230,11 +238,17 @@ class Writer:
                                 f'the ids below {n_ids}')
         stop_ids = set(self.tokenizer.stop_ids()) if stop_ids is None else stop_ids
         texts = [until_stop(self.tokenizer.stream(begins), sampling.stop) for _ in prompts]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
         going = set(range(len(prompts)))
-        n = 0
-        for ids in generate(self.model, prompts, sampling, generators, self.unknown, self.step):
-            n += 1
+        steps = generate(self.model, prompts, sampling, generators, self.unknown, self.step)
+        for n in range(1, sampling.max_new_tokens + 1):
+            try:
+                ids = next(steps)
+            except (torch.OutOfMemoryError, RuntimeError) as e:
+                if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+                    raise
+                raise UserError(f'{len(prompts)} texts of up to {sampling.max_new_tokens:,} tokens at once need more memory '
+                                f'than there is on {self.device}; ask for fewer, or for shorter ones') from None
             for row in sorted(going):
                 stopped = ids[row] in stop_ids
                 text, ended = texts[row](None if stopped else ids[row])
@@ -288,7 +302,8 @@ def fast_linears(model, dtype, compile):
         p.data = p.data.to(getattr(torch, dtype))
     if model.wte.weight.device.type != 'cpu':
         return model
-    packs = dtype == 'float32' or dtype == 'bfloat16' and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    packs = torch.backends.mkldnn.is_available() and (
+        dtype == 'float32' or dtype == 'bfloat16' and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and compile:
@@ -307,7 +322,9 @@ def compiled_step(device):
             how['options']['guard_filter_fn'] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
     else:
         how = {'mode': 'reduce-overhead'}  # CUDA graphs
-    step = torch.compile(logits_after, dynamic=False, **how)
+    # a function of its own for each model: what is compiled belongs to its code, and no guard tells two models apart
+    code = logits_after.__code__.replace(co_name=f'logits_after_{next(NUMBERS)}')
+    step = torch.compile(types.FunctionType(code, globals()), dynamic=False, **how)
 
     def try_step(*inputs):
         nonlocal step

@@ -108,17 +108,17 @@ def complete(writer, texts, seeds):
     if max_new_tokens == 0:
         print('\n--------\n'.join(waits))
     longest = max(lengths)
-    if longest > block_size >= max(map(len, prompts)):
+    if any(length - 1 > block_size >= len(ids) for length, ids in zip(lengths, prompts)):  # the last token was not read
         note(f'the text came to {longest:,} tokens, and the model sees {block_size:,}: each time that these were full, the '
              f'oldest {window_start(block_size + 1, block_size):,} dropped out of its sight')
 
 
-def compare_checkpoints(texts):
+def compare_checkpoints(texts, seeds):
     """Prints the continuation of the same text at every checkpoint, in the order of their numbers."""
-    paths = sorted(glob.glob(compare), key=lambda path: [int(part) if part.isdigit() else part
-                                                         for part in re.split(r'(\d+)', os.path.basename(path))])
+    paths = sorted(filter(os.path.isfile, glob.glob(compare)),
+                   key=lambda path: [int(part) if part.isdigit() else part for part in re.split(r'(\d+)', path)])
     if not paths:
-        raise UserError(f"compare='{compare}' matches no file; train.py keeps checkpoints with --keep_every=STEPS")
+        raise UserError(f"compare='{compare}' matches no checkpoint; train.py keeps checkpoints with --keep_every=STEPS")
     for path in paths:
         writer, rest = load(path)
         step = rest['iter']
@@ -126,7 +126,8 @@ def compare_checkpoints(texts):
                for key, value in record.items()}
         losses = [f', {name} {log[key]:.4f}' for key, name in (('loss', 'loss'), ('val_loss', 'validation loss')) if key in log]
         print(f'======== {path}: step {step:,}' + ''.join(losses))
-        complete(writer, texts, [seed + i for i in range(len(texts))])
+        complete(writer, texts, seeds)
+        del writer  # before the next is loaded
 
 
 def talk(writer):
@@ -141,7 +142,7 @@ def talk(writer):
     while True:
         try:
             line = input('> ')
-        except EOFError:
+        except (EOFError, RuntimeError):  # RuntimeError: there is no standard input at all
             return print()
         except KeyboardInterrupt:
             print()
@@ -169,34 +170,38 @@ def talk(writer):
                 note(f'the conversation no longer fits into {block_size:,} tokens: its oldest {dropped} messages are forgotten')
         else:
             ids = tokenizer.beginning(line)
-        answer = ''
+        answer, n = '', 0
         limit = min(max_new_tokens, block_size - len(ids)) if chats else max_new_tokens
         try:
             for _, text, _ in writer.write([ids], replace(sampling, max_new_tokens=limit), [seed + answers], stop_ids, chats):
                 print(text, end='', flush=True)
-                answer += text
+                answer, n = answer + text, n + 1
         except KeyboardInterrupt:
             print(' ...', end='')
         print()
-        messages.append({'role': 'assistant', 'content': answer})
+        if n == limit < max_new_tokens:
+            note(f'the answer ends where the context of {block_size:,} tokens is full')
+        if chats:
+            messages.append({'role': 'assistant', 'content': answer})
         answers += 1
 
 
 sampling = Sampling.of(config)
-if num_samples < 1:
-    raise UserError(f'num_samples={num_samples} must be above 0')
-if sum(map(bool, (chat, compare))) == 2:
+if not 0 < num_samples < 2**16:
+    raise UserError(f'num_samples={num_samples} must be above 0 and below {2**16}')
+if chat and compare:
     raise UserError('chat and compare are both given; choose one')
-if dtype == 'int8' and compile:
-    raise UserError("dtype='int8' is not compiled; leave out compile, or use --dtype=bfloat16")
+if chat and (prompt or prompt_file or prompts_file):
+    raise UserError('chat and a prompt are both given; choose one: a chat is typed in')
 texts = [text for text in read_prompts() for _ in range(num_samples)]
+seeds = [seed + i % num_samples for i in range(len(texts))]
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
 if compare:
-    compare_checkpoints(texts)
+    compare_checkpoints(texts, seeds)
 else:
     writer, _ = load(init_from or os.path.join(out_dir, 'ckpt.pt'))
     if chat:
         talk(writer)
     else:
-        complete(writer, texts, [seed + i % num_samples for i in range(len(texts))])
+        complete(writer, texts, seeds)

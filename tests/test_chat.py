@@ -153,8 +153,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(place):
         process.stdin.flush()
         assert process.stdout.read(200)  # the answer is under way
         process.send_signal(signal.SIGINT)
-        while process.stdout.read(1) != '>':  # the next question
-            pass
+        seen = '-'
+        while seen and not seen.endswith(' ...\n> '):  # stopped, and asks for more
+            new = process.stdout.read(1)
+            seen = new and seen + new
+        assert seen
     process.stdin.close()  # Ctrl-D
     assert process.wait(timeout=60) == 0
     notes = process.stderr.read().splitlines()

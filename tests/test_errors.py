@@ -141,15 +141,24 @@ def test_a_run_is_not_continued_on_another_tokenizers_data(place):
     ('--top_k=-1', 'top_k=-1 must be 0 or more'), ('--num_samples=0', 'num_samples=0 must be above 0'),
     ('--prompt_file=none.txt', "prompt_file='none.txt' cannot be read"),
     ('--prompt=a --prompt_file=b', 'both given'), ('--min_p=2', 'min_p=2.0 must be from 0 to 1'),
-    ('--repetition_penalty=0', 'repetition_penalty=0.0 must be above 0'), ('--chat --compare=x', 'both given'),
-    ('--compare=out/none/*.pt', "compare='out/none/*.pt' matches no file"), ('--dtype=int9', "dtype='int9'"),
-    ('--dtype=int8 --compile', "dtype='int8' is not compiled"),
+    ('--repetition_penalty=0', 'repetition_penalty=0.0 must be from 0.01 to 100'), ('--chat --compare=x', 'both given'),
+    ('--compare=out/none/*.pt', "compare='out/none/*.pt' matches no checkpoint"), ('--dtype=int9', "dtype='int9'"),
+    ('--chat --prompt=x', 'chat and a prompt are both given'), ('--num_samples=1000000000000', 'must be above 0 and below'),
     ('--prompts_file=empty', "prompts_file='empty' holds no prompt"),
     ('--out_dir=out/none', 'out/none/ckpt.pt: there is no checkpoint'),
     ('--promt=a', 'did you mean prompt?')])
 def test_sample_refuses(tmp_path, args, words):
     (tmp_path / 'empty').write_text('\n')
     assert words in fails('sample.py', *args.split(), cwd=tmp_path)
+
+
+@pytest.mark.parametrize('args, words', [
+    ('--rounds=0', 'rounds=0 is less than 1'), ('--prompt_tokens=10', 'prompt_tokens 10 + max_new_tokens 12 are more than'),
+    ('--vs=nothing', "vs='nothing': there is no nothing/model.py"), ('--dtype=int8 --compile=True', 'int8\' is not compiled')])
+def test_bench_refuses(place, args, words):
+    run('train.py', *TINY, '--max_iters=1', cwd=place)
+    assert words in fails('bench.py', '--init_from=out/tiny', '--device=cpu', '--max_new_tokens=12', '--prompt_tokens=2',
+                          *args.split(), cwd=place)
 
 
 @pytest.mark.parametrize('args, words', [

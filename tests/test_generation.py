@@ -301,6 +301,25 @@ def test_compiled_equals_uncompiled(family, capfd):
     assert 'does not work here' not in capfd.readouterr().err  # it did not go on without
 
 
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler')
+def test_two_compiled_models_are_told_apart(capfd):
+    for norm_eps in (1e-5, 0.5):
+        settings = FAMILIES['llama'] | {'norm_eps': norm_eps, 'n_layer': 1}
+        expected = list(generate(make(settings), [[1, 2, 3]], Sampling(max_new_tokens=9, temperature=0), generators(0)))
+        writer = Writer(make(settings), ByteTokenizer(), compile=True)
+        assert list(generate(writer.model, [[1, 2, 3]], Sampling(max_new_tokens=9, temperature=0), generators(0),
+                             step=writer.step)) == expected
+    assert 'does not work here' not in capfd.readouterr().err
+
+
+def test_logits_that_are_no_numbers_are_said():
+    model = make(FAMILIES['gpt2'])
+    with torch.no_grad():
+        model.norm_f.weight.fill_(float('nan'))
+    with pytest.raises(UserError, match='logits are not finite numbers'):
+        next(generate(model, [[1]], Sampling(), generators(0)))
+
+
 @pytest.mark.parametrize('family', FAMILIES)
 def test_shapes_that_never_change_give_the_same(family):
     model, shapes = lively(family), set()
