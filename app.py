@@ -178,7 +178,7 @@ async def answer(message, turns, name, *values):
         async with aclosing(follow(writer.write([ids], sampling, [seed], stop_ids, begins=True))) as texts:
             async for text, speed in texts:
                 with_answer = [*turns, {'role': 'assistant', 'content': text}]
-                yield '', with_answer, with_answer, note + speed
+                yield gr.skip(), with_answer, with_answer, note + speed  # what is typed meanwhile stays
 
 
 # ---- the page
