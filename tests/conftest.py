@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,10 @@ def start(script, *args, cwd, torchrun=0, **kwargs):
     if torchrun:
         launcher += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={torchrun}']
     env = {**os.environ, 'OMP_NUM_THREADS': '1'} | kwargs.pop('env', {})
-    return subprocess.Popen([*launcher, str(ROOT / script), *args], cwd=cwd, env=env, text=True,
+    def listen():  # to Ctrl-C, which what a shell runs in the background does not
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    return subprocess.Popen([*launcher, str(ROOT / script), *args], cwd=cwd, env=env, text=True, preexec_fn=listen,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
 

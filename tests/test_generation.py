@@ -1,6 +1,8 @@
 """Generation: cached equals uncached, a batch equals one by one, and what is drawn and shown is what was asked for."""
 
 import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -270,6 +272,10 @@ def test_a_prompt_that_the_model_cannot_read_is_refused():
 
 # ---- what makes it fast
 
+compiles = pytest.mark.skipif(not shutil.which('g++') or not Path(sysconfig.get_path('include'), 'Python.h').exists(),
+                              reason="torch.compile needs a C++ compiler and Python's headers")
+
+
 def wide(family):
     """A model whose layers are large enough to be laid out anew."""
     return make(FAMILIES[family] | {'n_embd': 512, 'n_inner': 1024, 'n_layer': 2, 'vocab_size': 600})
@@ -291,7 +297,7 @@ def test_weights_made_ready_give_the_same_logits(family, dtype, close):
         assert (cached - found).std() < close * expected.std()
 
 
-@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler')
+@compiles
 @pytest.mark.parametrize('family', ['gpt2', 'mistral'])
 def test_compiled_equals_uncompiled(family, capfd):
     expected = list(generate(lively(family), [[1, 2, 3]], GREEDY, generators(0)))
@@ -301,7 +307,7 @@ def test_compiled_equals_uncompiled(family, capfd):
     assert 'does not work here' not in capfd.readouterr().err  # it did not go on without
 
 
-@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler')
+@compiles
 def test_two_compiled_models_are_told_apart(capfd):
     for norm_eps in (1e-5, 0.5):
         settings = FAMILIES['llama'] | {'norm_eps': norm_eps, 'n_layer': 1}
