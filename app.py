@@ -28,7 +28,7 @@ port = 7860  # its port
 # ---- machine
 device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto | float32 | bfloat16 | float16 | int8: of weights; auto = bfloat16 if native; int8 is for CPUs
-compile = False  # True | False: torch.compile; takes up to a minute first, then writes 1.3 to 2 times as fast
+compile = False  # True | False: torch.compile; takes up to a minute first, then writes 1.5 to 2 times as fast
 # ----
 config = configure(globals())
 
@@ -51,7 +51,6 @@ try:
     import gradio as gr
 except ModuleNotFoundError:
     raise UserError('app.py needs a package: pip install gradio') from None
-import torch
 
 import checkpoint
 from chat import chat_template, end_of_answer, fit
@@ -81,12 +80,10 @@ def checkpoints():
 
 
 def choice(name):
-    """(what the page calls it, its name): the file with its step, which is read without the weights."""
-    try:
-        step = torch.load(name, map_location='cpu', weights_only=True, mmap=True)['iter']
-        return f'{os.path.basename(name)}, step {step:,}', name
-    except Exception:  # no file of ours, whatever else it is: loading it will say so
-        return (name if init_from else os.path.basename(name)), name
+    """(what the page calls it, its name): the file with its step."""
+    step = checkpoint.step_of(name)
+    words = name if init_from else os.path.basename(name)
+    return words if step is None else f'{words}, step {step:,}', name
 
 
 @functools.lru_cache(maxsize=2)  # models are large; one that is still writing stays besides
@@ -168,10 +165,10 @@ async def answer(message, turns, name, *values):
             raise UserError('this model has no chat template: it only continues texts')
         block_size, beginning = writer.model.config.block_size, [{'role': 'system', 'content': system}] if system else []
         turns = [*turns, {'role': 'user', 'content': message}]
-        ids, dropped = fit(writer.tokenizer, beginning + turns, block_size, min(sampling.max_new_tokens, block_size // 4))
+        ids, dropped, limit = fit(writer.tokenizer, beginning + turns, block_size, sampling.max_new_tokens)
         turns = turns[dropped:]
         note = f'no longer fits into {block_size:,} tokens: the oldest {dropped} messages are forgotten · ' if dropped else ''
-        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, block_size - len(ids)))
+        sampling = replace(sampling, max_new_tokens=limit)
         seed += len(turns) // 2  # the same question again may get another answer
         with_answer = [*turns, {'role': 'assistant', 'content': ''}]
         yield '', with_answer, with_answer, note

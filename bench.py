@@ -149,7 +149,7 @@ for name, least in (('prompt_tokens', 1), ('max_new_tokens', 2), ('batch_size', 
         raise UserError(f'{name}={config[name]} is less than {least}')
 device = pick_device(device)
 dtype = pick_dtype(dtype, device)
-model, tokenizer, _ = checkpoint.load_model(init_from)
+model, tokenizer = checkpoint.load_model(init_from)[:2]
 c = model.config
 if prompt_tokens + max_new_tokens > c.block_size:
     raise UserError(f'prompt_tokens {prompt_tokens} + max_new_tokens {max_new_tokens} are more than the block_size '
@@ -167,7 +167,7 @@ n_weights = sum(p.numel() for name, p in model.named_parameters() if not name.st
 n_weights += c.vocab_size * c.n_embd if c.tie_weights else 0
 n_bytes = n_weights * BYTES[dtype]
 n_parameters = model.count_parameters()
-peers = [Ours(copy.deepcopy(model), tokenizer, way) for way in ways] + peers
+peers = [Ours(model if way is ways[-1] else copy.deepcopy(model), tokenizer, way) for way in ways] + peers
 generator = torch.Generator().manual_seed(seed % 2**63)
 prompts = torch.randint(min(c.vocab_size, tokenizer.vocab_size), (batch_size, prompt_tokens), generator=generator).tolist()
 

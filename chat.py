@@ -5,6 +5,7 @@ A message is {'role': 'system' | 'user' | 'assistant', 'content': text}. How the
 template (Jinja, as Hugging Face's tokenizers carry it), or ChatML where it has none but knows ChatML's tokens.
 """
 
+import datetime
 import functools
 import json
 
@@ -35,7 +36,7 @@ def _compiled(template):
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters['tojson'] = lambda value, **how: json.dumps(value, ensure_ascii=False, **how)
     environment.globals['raise_exception'] = raise_exception
-    environment.globals['strftime_now'] = lambda form: __import__('datetime').datetime.now().strftime(form)
+    environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
     return environment.from_string(template)
 
 
@@ -59,18 +60,19 @@ def end_of_answer(tokenizer):
     return tokenizer.stop_ids() | set([i for i in answered[len(asked):] if i in special][:1])
 
 
-def fit(tokenizer, messages, block_size, room):
+def fit(tokenizer, messages, block_size, max_new_tokens):
     """
-    (ids, how many messages were left out): the conversation without as many of its oldest turns as it takes to leave
-    `room` tokens of the context for the answer. The system message stays. Raises UserError if the last message alone is
-    too long.
+    (ids, how many messages were left out, the most tokens of the answer): the conversation without as many of its oldest
+    turns as it takes to leave a quarter of the context for the answer, or `max_new_tokens` if these are fewer. The system
+    message stays. Raises UserError if the last message alone is too long.
     """
+    room = min(max_new_tokens, block_size // 4)
     system = [m for m in messages[:1] if m['role'] == 'system']
     turns = messages[len(system):]
     starts = [i for i, m in enumerate(turns) if m['role'] == 'user']  # a turn is a question with its answer
     for start in starts:
         ids = render(tokenizer, system + turns[start:])
         if len(ids) + room <= block_size:
-            return ids, start
+            return ids, start, min(max_new_tokens, block_size - len(ids))
     raise UserError(f'the message has {len(ids):,} tokens as it is sent, too many for a context of {block_size:,} that is to '
                     f'leave {room:,} for the answer; say it in fewer words')

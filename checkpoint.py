@@ -109,6 +109,14 @@ def load_model(name):
     return model.eval(), tokenizer_from_state(checkpoint['tokenizer']), checkpoint
 
 
+def step_of(path):
+    """A checkpoint's step, read without its weights; None where there is none of ours, which loading it will explain."""
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)['iter']
+    except Exception:  # whatever else it is
+        return None
+
+
 def read_log(out_dir, last_iter):
     """The records of a run's log.jsonl up to a step; none where there is no log."""
     path = os.path.join(out_dir, 'log.jsonl')

@@ -56,6 +56,12 @@ def cpu_computes_bfloat16():
     return any(getattr(torch.cpu, check, bool)() for check in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'))
 
 
+def not_compiled(error):
+    """The line that says why torch.compile is done without: a missing C++ compiler, Python too new for it, ..."""
+    reason = str(error).strip().splitlines() or ['']
+    return f'compile: does not work here, going on without it ({type(error).__name__}: {reason[0][:100]})'
+
+
 def autocast(device, dtype):
     """A context in which matrix products run in `dtype` ('float32' changes nothing); weights stay float32."""
     if dtype == 'float32':

@@ -21,6 +21,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from configurator import UserError
+from device import not_compiled
 from model import KVCache
 
 NUMBERS = itertools.count()
@@ -77,7 +78,7 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     p = logits.softmax(-1)
     if top_p < 1:
-        for k in (1024, p.size(-1)):  # the likeliest thousand mostly suffice, and sorting all takes ten times as long
+        for k in (1024, p.size(-1)):  # where the likeliest thousand suffice, not all are put in order
             ordered, order = p.topk(min(k, p.size(-1)))
             if (ordered.sum(-1) >= top_p).all():
                 break
@@ -244,7 +245,7 @@ class Writer:
         for n in range(1, sampling.max_new_tokens + 1):
             try:
                 ids = next(steps)
-            except (torch.OutOfMemoryError, RuntimeError) as e:
+            except RuntimeError as e:  # CPUs have no kind of their own for it
                 if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
                     raise
                 raise UserError(f'{len(prompts)} texts of up to {sampling.max_new_tokens:,} tokens at once need more memory '
@@ -332,11 +333,10 @@ def compiled_step(device):
             return step(*inputs)
         except torch.OutOfMemoryError:
             raise
-        except Exception as e:  # of any kind: a missing C++ compiler, Python too new for it, ...
+        except Exception as e:  # of any kind
             if step is logits_after:
                 raise
-            reason = str(e).strip().splitlines() or ['']
-            print(f'compile: does not work here, going on without it ({type(e).__name__}: {reason[0][:100]})', file=sys.stderr)
+            print(not_compiled(e), file=sys.stderr)
             step = logits_after
             return step(*inputs)
 

@@ -183,7 +183,7 @@ def visible(queries, keys, window):
 class KVCache:
     """
     The keys and values of the tokens that a model has read, so that it need not read them again: `model(idx,
-    cache=cache)` reads only what is new, and its logits are those of the whole text (Pope et al. 2022, section 3.1).
+    cache=cache)` reads only what is new, and its logits are those of the whole text (Pope et al. 2022).
 
     A row's tokens stand in consecutive slots. All rows end in the same slot; a shorter row begins in a later one, and the
     slots before it are padding.

@@ -93,7 +93,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import huggingface
 from dataset import Split, TrainingOrder, folder_of, hash_ints, parse_mix, read_ahead, read_meta, read_tokenizer, val_batches
-from device import autocast, device_name, distributed, peak_flops, pick_device, pick_dtype, synchronize
+from device import autocast, device_name, distributed, not_compiled, peak_flops, pick_device, pick_dtype, synchronize
 from generation import Sampling, generate, unknown_ids
 from model import ModelConfig, Transformer
 from optim import make_optimizer, make_schedule
@@ -235,9 +235,8 @@ def try_compile(raw_model):
         loss.backward()
     except torch.OutOfMemoryError:
         raise
-    except Exception as e:  # of any kind: a missing C++ compiler, Python too new for it, ...
-        reason = str(e).strip().splitlines() or ['']
-        say(f'compile: does not work here, going on without it ({type(e).__name__}: {reason[0][:100]})')
+    except Exception as e:  # of any kind
+        say(not_compiled(e))
         model, ddp_model = raw_model, wrap(raw_model)
     raw_model.zero_grad(set_to_none=True)
     return model, ddp_model

@@ -155,10 +155,18 @@ def test_a_chat_remembers_until_it_is_reset(taught, browser):  # noqa: F811
         page = opened(browser, address)
         page.get_by_role('tab', name='Chat').click()
 
+        def send(words, how, sent=lambda: not page.input_value('#message textarea')):
+            """As a user does who knows that nothing is sent while an answer comes."""
+            page.fill('#message textarea', words)
+            deadline = time.monotonic() + 30
+            while not sent():
+                assert time.monotonic() < deadline
+                how()
+                page.wait_for_timeout(200)
+
         def say(words, *turns):
             """Says `words`; what then stands there must be `turns`."""
-            page.fill('#message textarea', words)
-            page.press('#message textarea', 'Shift+Enter')
+            send(words, lambda: page.press('#message textarea', 'Shift+Enter'))
             page.wait_for_function("""turns => {
                 const shown = [...document.querySelectorAll('#talk [data-testid=user], #talk [data-testid=bot]')]
                 return JSON.stringify(shown.map(turn => turn.textContent.trim())) == JSON.stringify(turns)
@@ -172,13 +180,9 @@ def test_a_chat_remembers_until_it_is_reset(taught, browser):  # noqa: F811
         page.wait_for_function("() => !document.querySelector('#talk [data-testid=user]')")
         say('Who are you?', 'Who are you?', 'I am Pim, an owl.')
         for _ in range(4):
-            page.fill('#message textarea', greeting[0])
-            page.click('#send')
-            page.wait_for_function("() => document.querySelector('#message textarea').value == ''")
+            send(greeting[0], lambda: page.click('#send'))
         page.get_by_text('no longer fits into 64 tokens: the oldest 2 messages are forgotten').wait_for()
-        page.fill('#message textarea', 'x' * 200)
-        page.click('#send')
-        page.get_by_text('too many for a context of 64').wait_for()
+        send('x' * 200, lambda: page.click('#send'), page.get_by_text('too many for a context of 64').count)
         page.close()
 
 

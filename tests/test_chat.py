@@ -93,11 +93,15 @@ def test_the_oldest_turns_make_room_and_the_system_message_stays(tokenizer):
     for n in range(9):
         messages += [user(f'question {n}'), assistant(f'answer {n}')]
     messages.append(user('and?'))
-    whole, dropped = fit(tokenizer, messages, 10_000, 100)
-    assert dropped == 0 and whole == render(tokenizer, messages)
-    ids, dropped = fit(tokenizer, messages, len(whole) - 1 + 100, 100)
-    assert dropped == 2 and ids == render(tokenizer, messages[:1] + messages[3:])
-    ids, dropped = fit(tokenizer, messages, len(render(tokenizer, [*messages[:1], messages[-1]])), 0)
+    whole, dropped, limit = fit(tokenizer, messages, 10_000, 100)
+    assert dropped == 0 and whole == render(tokenizer, messages) and limit == 100
+    assert fit(tokenizer, messages, 10_000, 20_000)[2] == 10_000 - len(whole)
+    ids, dropped, limit = fit(tokenizer, messages, len(whole) - 1 + 20, 20)
+    assert dropped == 2 and ids == render(tokenizer, messages[:1] + messages[3:]) and limit == 20
+    block_size = len(whole)  # a quarter of it is to be free, whatever the answer may become
+    ids, dropped, limit = fit(tokenizer, messages, block_size, 20_000)
+    assert dropped > 2 and block_size // 4 <= limit == block_size - len(ids)
+    _, dropped, _ = fit(tokenizer, messages, len(render(tokenizer, [*messages[:1], messages[-1]])), 0)
     assert dropped == 18
     with pytest.raises(UserError, match='the message has .* tokens as it is sent, too many for a context of 8'):
         fit(tokenizer, messages, 8, 4)

@@ -26,6 +26,7 @@ def pretend(monkeypatch, cuda=0, mps=False, capability=(8, 0)):
 def test_devices(monkeypatch):
     pretend(monkeypatch)
     assert device.pick_device('auto') == device.pick_device('cpu') == device.pick_device('auto', 1, 2) == 'cpu'
+    assert device.pick_device('cpu:0') == 'cpu'
     pretend(monkeypatch, mps=True)
     assert device.pick_device('auto') == 'mps' and device.pick_device('auto', 1, 2) == 'cpu'
     pretend(monkeypatch, cuda=2)
