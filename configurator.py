@@ -12,6 +12,7 @@ A script writes its settings as globals, one to a line, each with a comment, and
 - A flag is `--key=value`, split at the first `=` only. `--key` alone switches a True/False setting on.
 - Later beats earlier, and a name that no default has is an error in a file as much as on the command line.
 - A comment that begins with alternatives, `# adamw | sgd: ...`, is also the check: only these values are accepted.
+- Where it begins with `# auto, or ...`, a number may also be `auto`: it stays what it was, and its name is in `config.auto`.
 """
 
 import ast
@@ -24,6 +25,8 @@ import sys
 import traceback
 import types
 
+AUTO = ['auto']  # the choices of a number that may be 'auto'
+
 
 class UserError(Exception):
     """A mistake the user can mend. `configure` has it shown as one line, without a traceback, and with exit code 2."""
@@ -35,22 +38,31 @@ class Config(dict):
     def __init__(self, settings):
         super().__init__(settings)
         self.source = dict.fromkeys(settings, 'default')
+        self.auto = set()  # names of numbers that are 'auto'
 
 
-def configure(settings):
+def configure(settings, inherits=None):
     """
-    Resolves `settings` (a script's `globals()`) against sys.argv, writes the values back, and returns them as a Config.
+    Resolves `settings` (a script's `globals()`) against sys.argv, writes the values back, and returns them as a Config. With
+    `inherits`, the name of a script beside it, that script's settings are this one's too, where it has none of that name.
 
     Raises UserError for a name that has no default, a value of another type, or a file that cannot be read.
     """
     sys.excepthook = _show
     sys.stdout.reconfigure(errors='replace')  # generated text may hold what a terminal's encoding does not
     script = settings['__file__']
-    config = Config({k: v for k, v in settings.items() if _is_setting(k, v)})
+    own = {k: v for k, v in settings.items() if _is_setting(k, v)}
     with open(script, encoding='utf-8') as f:
-        entries = _read_comments(f.read(), config)
-    comments = {name: comment for name, comment in entries if name}
-    choices = {name: _choices(comment) for name, comment in comments.items()}
+        entries = _read_comments(f.read(), own)
+    config = Config(own)
+    if inherits:
+        with open(os.path.join(os.path.dirname(os.path.abspath(script)), inherits), encoding='utf-8') as f:
+            code = f.read()
+        theirs = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(code).body
+                  if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)}
+        entries += [entry for entry in _read_comments(code, theirs) if entry[0] not in own]
+        config = Config(own | {name: theirs[name] for name, _ in entries if name not in own and name in theirs})
+    choices = {name: _choices(comment) for name, comment in entries if name}
 
     wants_help = False
     for arg in sys.argv[1:]:
@@ -118,7 +130,11 @@ def _set(config, key, value, source, choices):
         hint = f'did you mean {near[0]}?' if near else '--help lists them'
         raise UserError(f'{key} ({source}) is not a setting; {hint}')
     allowed, default = choices.get(key), config[key]
-    if allowed:
+    config.auto.discard(key)
+    if allowed == AUTO and value == 'auto':
+        config.auto.add(key)
+        return
+    if allowed and allowed != AUTO:
         value = next((c for c in allowed if str(c) == str(value)), value)
         if value not in allowed:
             near = difflib.get_close_matches(str(value), map(str, allowed), 1, 0.6)
@@ -162,6 +178,8 @@ def _comment(text):
 
 def _choices(comment):
     """`a | b | c: what it means` → ['a', 'b', 'c'], with True, False and numbers as such; no alternatives → None."""
+    if comment.startswith('auto, or '):
+        return AUTO
     words = re.match(r'[\w.-]+( \| [\w.-]+)+', comment)
     if not words:
         return None

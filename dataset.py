@@ -255,13 +255,16 @@ def parse_mix(dataset):
 def val_batches(split, n_windows, batch_size, rank, world_size):
     """
     The same windows at every evaluation: `n_windows` (or all there are), evenly spaced over the split, every
-    `world_size`-th for this rank. The last batch is filled up with targets of -1, so that all have one shape.
+    `world_size`-th for this rank. The last batch is filled up with targets of -1, so that all have one shape, and every rank
+    has as many batches.
     """
     n = min(n_windows, split.n_windows)
     mine = [i * split.n_windows // n for i in range(rank, n, world_size)]
-    for i in range(0, len(mine), batch_size):
+    x, y = split.window(0)
+    nothing = np.zeros_like(x), np.full_like(y, -1)
+    for i in range(0, -(-n // world_size), batch_size):
         pairs = [split.window(k) for k in mine[i:i + batch_size]]
-        pairs += [(np.zeros_like(pairs[0][0]), np.full_like(pairs[0][1], -1))] * (batch_size - len(pairs))
+        pairs += [nothing] * (batch_size - len(pairs))
         yield tuple(np.stack(part) for part in zip(*pairs))
 
 

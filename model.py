@@ -19,6 +19,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from loss import CRITERIA
 
 
 @dataclass
@@ -43,6 +46,7 @@ class ModelConfig:
     tie_weights: bool = True    # the output layer is the token embedding
     dropout: float = 0.0
     init_std: float = 0.02
+    zero_init: bool = False     # what writes into the residual stream starts at zero
 
     def __post_init__(self):
         for least, *names in ((1, 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'),
@@ -323,6 +327,7 @@ class Transformer(nn.Module):
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm_f = NORMS[config.norm](config)
+        self.checkpoint_activations = False
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.wte.weight  # Press and Wolf 2017
@@ -342,19 +347,24 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self):
-        """Normal with `init_std`; what writes into the residual stream, 1/sqrt(2 n_layer) of it (GPT-2, section 2.3)."""
+        """
+        Normal with `init_std`; what writes into the residual stream, 1/sqrt(2 n_layer) of it (GPT-2, section 2.3), or, with
+        `zero_init`, zero: at first each block passes on what it gets (Zhang et al. 2019).
+        """
+        c = self.config
         for name, p in self.named_parameters():
             if name.endswith('bias'):
                 nn.init.zeros_(p)
             elif name.endswith('c_proj.weight'):
-                nn.init.normal_(p, std=self.config.init_std / math.sqrt(2 * self.config.n_layer))
+                nn.init.normal_(p, std=0.0 if c.zero_init else c.init_std / math.sqrt(2 * c.n_layer))
             elif p.dim() == 2:
-                nn.init.normal_(p, std=self.config.init_std)
+                nn.init.normal_(p, std=c.init_std)
 
-    def forward(self, idx, targets=None, reduction='mean', cache=None):
+    def forward(self, idx, targets=None, reduction='mean', cache=None, criterion='cross_entropy'):
         """
-        Token ids `idx` (B, T) → logits (B, T, V); with `targets` (B, T), a scalar: the cross-entropy in nats, its mean
-        or its sum (`reduction`) over the targets that are not -1. With a `cache`, `idx` goes on from what it holds.
+        Token ids `idx` (B, T) → logits (B, T, V); with `targets` (B, T), a scalar: the cross-entropy in nats (or another
+        `criterion` of loss.py), its mean or its sum (`reduction`) over the targets that are not -1. With a `cache`, `idx`
+        goes on from what it holds.
 
         Raises ValueError if T is more than `block_size`, or than the cache has room for.
         """
@@ -366,10 +376,11 @@ class Transformer(nn.Module):
             where, mask = cache.advance(T)
         elif 0 < window < T:
             mask = visible(torch.arange(T, device=idx.device), torch.arange(T, device=idx.device), window)
-        logits = self.lm_head(self.hidden(idx, where, mask, cache))  # (B, T, V)
+        x = self.hidden(idx, where, mask, cache)
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+            return self.lm_head(x)
+        loss = CRITERIA[criterion](x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return loss / (targets >= 0).sum() if reduction == 'mean' else loss
 
     def hidden(self, idx, where, mask, cache=None):
         """
@@ -379,7 +390,11 @@ class Transformer(nn.Module):
         x = self.drop(self.positions.embed(self.wte(idx), where))
         angles = self.positions.angles(where)
         for block in self.h:
-            x = block(x, angles, mask, cache)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                # only x is kept, and the block is computed again in the backward pass (Chen et al. 2016)
+                x = checkpoint(block, x, angles, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, angles, mask, cache)
         return self.norm_f(x)
 
     def count_parameters(self):

@@ -15,7 +15,8 @@ from configurator import UserError, configure
 # ---- the run
 out_dir = 'out/stdlib'  # checkpoints and log.jsonl go here
 init_from = 'scratch'  # scratch, resume (what out_dir holds), or what gives its weights to a new run: a checkpoint's
-                       # path, a folder in Hugging Face's form, or a model's id on its hub (gpt2, HuggingFaceTB/SmolLM2-135M)
+                       # path, a folder in Hugging Face's form, or a model's id on its hub (gpt2, HuggingFaceTB/SmolLM2-135M);
+                       # from a checkpoint's path with --schedule=wsd a run goes on, on the same data, and decays to max_iters
 eval_interval = 300  # steps between evaluations
 eval_iters = 20  # batches of batch_size in an evaluation, always the same ones
 log_interval = 10  # steps between lines of the log
@@ -32,7 +33,7 @@ stage = 'pretrain'  # what is trained on: pretrain (every token of plain text); 
 dataset = 'stdlib'  # data/<name>, or a mixture with weights: 'a:0.7 b:0.3'
 block_size = 256  # context, tokens
 stride = 0  # tokens between the starts of two training windows; 0 = block_size, they do not overlap
-batch_size = 16  # windows in a micro-batch
+batch_size = 16  # auto, or windows in a micro-batch; auto = as many as fit, in steps of as many windows as without it
 gradient_accumulation_steps = 1  # times batch_size = windows in a step, over all processes together
 # ---- model (model.py); the defaults are a small Llama
 vocab_size = 0  # 0 = the data's, or of init_from's model; more pads the embedding
@@ -52,12 +53,15 @@ bias = False  # biases in the linear layers and in layernorm
 tie_weights = True  # the output layer shares the token embedding's matrix
 dropout = 0.0  # share of activations zeroed while training
 init_std = 0.02  # standard deviation of the initial weights
+zero_init = False  # what writes into the residual stream starts at zero
 # ---- optimizer (optim.py)
-optimizer = 'adamw'  # the only one yet
+optimizer = 'adamw'  # adamw | adam | sgd | muon | adamw8bit: muon takes AdamW for what is no matrix of a block
+criterion = 'cross_entropy'  # cross_entropy | mse | mae: what training minimises; evaluations are cross-entropy
 learning_rate = 8e-3  # the highest
 max_iters = 1200  # steps
 weight_decay = 0.1  # on matrices only
-beta1 = 0.9  # AdamW's memory of gradients
+momentum = 0.95  # of muon and sgd
+beta1 = 0.9  # Adam's memory of gradients
 beta2 = 0.95  # and of their squares
 grad_clip = 1.0  # largest norm of the gradient; 0 = no clipping
 schedule = 'wsd'  # cosine | wsd | linear | constant
@@ -70,15 +74,15 @@ wsd_decay = 'linear'  # linear | 1-sqrt
 device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto | float32 | bfloat16 | float16: of matrix products; weights are float32. auto = bfloat16 if native
 compile = 'auto'  # auto | True | False: torch.compile; auto = on CUDA
+checkpoint_activations = False  # keep less for the backward pass and compute it again: less memory, a third more time
+fsdp = False  # under torchrun: each process holds a share of the weights and of the optimizer, for what does not fit
 backend = 'auto'  # auto | nccl | gloo: of torch.distributed; auto = nccl on CUDA
 seed = 1337  # of the initial weights, the order of the data, and dropout
 # ----
 config = configure(globals())
 
 # torch takes seconds to import: a mistyped setting is found before
-import contextlib
 import dataclasses
-import inspect
 import json
 import math
 import os
@@ -88,21 +92,21 @@ import time
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import huggingface
+import parallel
 from dataset import Split, TrainingOrder, folder_of, hash_ints, parse_mix, read_ahead, read_meta, read_tokenizer, val_batches
-from device import autocast, device_name, distributed, not_compiled, peak_flops, pick_device, pick_dtype, synchronize
+from device import autocast, device_name, most_that_fit, not_compiled, peak_flops, pick_device, pick_dtype, set_up, synchronize
 from generation import Sampling, generate, unknown_ids
 from model import ModelConfig, Transformer
 from optim import make_optimizer, make_schedule
 from tokenizer import tokenizer_from_state
 
-OF_THE_MACHINE = ('out_dir', 'init_from', 'device', 'compile', 'backend')  # not of the run
+OF_THE_MACHINE = ('out_dir', 'init_from', 'device', 'compile', 'backend', 'checkpoint_activations', 'fsdp')  # not of the run
 MODEL_SETTINGS = [field.name for field in dataclasses.fields(ModelConfig)]
 
-rank, local_rank, world_size = distributed()
+rank, local_rank, world_size = parallel.distributed()
 ddp = 'RANK' in os.environ  # torchrun sets it
 
 
@@ -129,23 +133,30 @@ def former_run():
     return (None, '') if init_from == 'scratch' else (checkpoint.load_any(init_from), init_from)
 
 
+def branches_off(loaded):
+    """Whether the new run goes on from the stable phase of another, on its data, to an end of its own."""
+    return (os.path.isfile(init_from) and schedule == 'wsd' == loaded['config'].get('schedule') and
+            config.source['schedule'] != 'default' and
+            (config.source['dataset'] == 'default' or dataset == loaded['config']['dataset']))
+
+
 def take_over_settings(loaded, path):
     """
-    What is not said anew is as it was: all of a run's settings on a resume, else those of the model. A new run may change
-    what no weights depend on, and shorten the context (or, with rope, lengthen it).
+    What is not said anew is as it was: all of a run's settings where it goes on, else those of the model. A new run may
+    change what no weights depend on, and shorten the context (or, with rope, lengthen it).
     """
     changed = []
     for key, value in loaded['config'].items():
-        if key not in config or key in OF_THE_MACHINE or init_from != 'resume' and key not in MODEL_SETTINGS:
+        if key not in config or key in OF_THE_MACHINE or not goes_on and key not in MODEL_SETTINGS:
             continue
         if config.source[key] == 'default':
             config[key] = globals()[key] = value
-        elif config[key] != value and (init_from == 'resume' or key not in ('dropout', 'vocab_size')):
+        elif config[key] != value and (goes_on or key not in ('dropout', 'vocab_size')):
             changed.append(f'changed: {key} was {value!r}, is now {config[key]!r} ({config.source[key]})')
     former = checkpoint.model_config(loaded, path)
     was, now = dataclasses.asdict(former), dataclasses.asdict(model_config(former.vocab_size))
-    free = {'dropout', 'init_std'}
-    if init_from != 'resume':
+    free = {'dropout', 'init_std', 'zero_init'}
+    if not goes_on:
         free |= {'sliding_window', 'rope_theta', 'rope_scaling'}
         free |= {'block_size'} if former.pos == 'rope' or block_size <= former.block_size else set()
     for key in MODEL_SETTINGS:
@@ -197,7 +208,7 @@ def check_settings():
         for key in keys:
             if config[key] < least:
                 raise UserError(f'{key}={config[key]} is less than {least}')
-    for key in ('beta1', 'beta2'):
+    for key in ('momentum', 'beta1', 'beta2'):
         if not 0 <= config[key] < 1:
             raise UserError(f'{key}={config[key]} is not within 0 <= {key} < 1')
     if wsd_decay_iters > (lr_decay_iters or max_iters):
@@ -205,23 +216,36 @@ def check_settings():
 
 
 def share_batch():
-    """(windows in a step, windows a process has of it, its micro-steps): the first does not depend on the processes."""
+    """(windows in a step, windows that a process has of it); the first does not depend on the processes."""
     total = batch_size * gradient_accumulation_steps
     if total % world_size:
         raise UserError(f'batch_size {batch_size} * gradient_accumulation_steps {gradient_accumulation_steps} = {total} '
                         f'windows do not divide over {world_size} processes; make the product a multiple of {world_size}')
-    share = total // world_size
-    return total, share, next(n for n in range(-(-share // batch_size), share + 1) if share % n == 0)
+    return total, total // world_size
+
+
+def try_gradient(model, windows):
+    """A step's gradient of so many windows, for what it takes."""
+    idx = torch.zeros(windows, block_size, dtype=torch.int64, device=device)
+    with autocast(device, dtype):
+        loss = model(idx, idx.clone(), reduction='sum', criterion=criterion)
+    loss.backward()
+    raw_model.zero_grad(set_to_none=True)
+
+
+def largest_micro_batch():
+    """The most windows at once, of those that divide a process's share of the step, that every process has memory for."""
+    moments = 0 if goes_on else 8 * sum(p.numel() for p in raw_model.parameters()) // (world_size if fsdp else 1)
+    sizes = [n for n in range(1, share + 1) if share % n == 0]
+    n = torch.tensor(most_that_fit(sizes, lambda n: try_gradient(raw_model, n), device, moments), device=device)
+    if ddp:
+        dist.all_reduce(n, dist.ReduceOp.MIN)
+    return n.item()
 
 
 def wrap(model):
-    """The model for the gradient: under torchrun, DDP averages gradients over the processes."""
-    if not ddp:
-        return model
-    # the buffers are constants, which need no broadcast at every step; torch 2.13 renamed the argument that says so
-    new = 'forward_sync_buffers' in inspect.signature(DistributedDataParallel).parameters
-    constant = {'forward_sync_buffers' if new else 'broadcast_buffers': False}
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **constant)
+    """The model for the gradient: under torchrun, gradients are averaged over the processes."""
+    return parallel.ddp(model) if ddp and not fsdp else model
 
 
 def try_compile(raw_model):
@@ -229,16 +253,13 @@ def try_compile(raw_model):
     try:
         model = torch.compile(raw_model, dynamic=False)
         ddp_model = wrap(model)
-        idx = torch.zeros(micro_batch, block_size, dtype=torch.int64, device=device)
-        with autocast(device, dtype):
-            loss = ddp_model(idx, idx.clone(), reduction='sum')
-        loss.backward()
+        try_gradient(ddp_model, micro_batch)
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # of any kind
         say(not_compiled(e))
+        raw_model.zero_grad(set_to_none=True)
         model, ddp_model = raw_model, wrap(raw_model)
-    raw_model.zero_grad(set_to_none=True)
     return model, ddp_model
 
 
@@ -308,17 +329,17 @@ def evaluate():
     return figures
 
 
-def sample():
+def sample(model):
     """The continuation of `sample_prompt`, drawn with a generator of its own: training randomness stays untouched."""
-    if not all(p.isfinite().all() for p in raw_model.parameters()):
+    if not all(p.isfinite().all() for p in model.parameters()):
         return say('no sample: the weights are no finite numbers any more; lower learning_rate or lengthen warmup_iters')
-    raw_model.eval()
+    model.eval()
     text, stream = sample_prompt, tokenizer.stream(begins=not sample_prompt)
     with autocast(device, dtype):
-        for (nxt,) in generate(raw_model, [tokenizer.beginning(sample_prompt)], Sampling(max_new_tokens=sample_tokens),
-                               [torch.Generator().manual_seed(seed)], unknown_ids(tokenizer, raw_model)):
+        for (nxt,) in generate(model, [tokenizer.beginning(sample_prompt)], Sampling(max_new_tokens=sample_tokens),
+                               [torch.Generator().manual_seed(seed)], unknown_ids(tokenizer, model)):
             text += stream(nxt)
-    raw_model.train()
+    model.train()
     say(f'--------\n{text}\n--------')
 
 
@@ -343,28 +364,35 @@ def on_device(batch):
 if stage != 'pretrain':
     raise UserError(f"stage='{stage}' is not there yet: this version knows pretrain only")
 loaded, loaded_path = former_run()
+resumes = init_from == 'resume'
+branches = not resumes and loaded is not None and branches_off(loaded)
+goes_on = resumes or branches  # with the step, the optimizer and the data of a former run
 if loaded:
     take_over_settings(loaded, loaded_path)
+if branches:  # all that is left of it is decay, unless the command line says otherwise
+    lr_decay_iters, left = max_iters, max(max_iters - loaded['iter'], 0)
+    wsd_decay_iters = min(wsd_decay_iters, left) if config.source['wsd_decay_iters'] == 'command line' else left
+    config |= {'lr_decay_iters': lr_decay_iters, 'wsd_decay_iters': wsd_decay_iters}
 check_settings()
-resumes = init_from == 'resume'
 
 # ---- processes and device
 
 device = pick_device(device, local_rank, world_size)
+dtype = pick_dtype(dtype, device)
+fsdp = fsdp and ddp  # a single process has it all
 if ddp:
     if backend == 'nccl' and device == 'cpu':
         raise UserError("backend='nccl' serves CUDA only, and device is cpu; use --backend=auto")
     backend = ('nccl' if device.startswith('cuda') else 'gloo') if backend == 'auto' else backend
+    if fsdp and (optimizer not in ('adamw', 'adam', 'sgd') or dtype == 'float16'):
+        raise UserError(f"fsdp=True serves adamw, adam and sgd in float32 or bfloat16, and here are '{optimizer}' and "
+                        f'{dtype}; leave fsdp out, or change them')
     dist.init_process_group(backend, device_id=torch.device(device) if device.startswith('cuda') else None)
-if device.startswith('cuda'):
-    torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision('high')  # TF32 where dtype is float32
-dtype = pick_dtype(dtype, device)
+set_up(device)
 
 # ---- data
 
-total_batch, share, micro_steps = share_batch()
-micro_batch = share // micro_steps
+total_batch, share = share_batch()
 tokens_per_step = total_batch * block_size
 names, weights = parse_mix(dataset)
 if local_rank == 0:
@@ -392,7 +420,8 @@ if shape.vocab_size < needed:
     raise UserError(f'vocab_size {shape.vocab_size} is less than the {needed} of data set {names[0]}; ' +
                     (f'prepare it with the tokenizer of {loaded_path}' if loaded else 'leave it at 0 or make it larger'))
 torch.manual_seed(seed)
-raw_model = Transformer(shape).to(device)  # the plain module, whose names checkpoints use
+raw_model = Transformer(shape)  # the plain module, whose names checkpoints use
+raw_model.checkpoint_activations = checkpoint_activations
 first_iter, first_tokens, elapsed, best_val_loss = 0, 0, 0.0, math.inf
 begun_from, hardware = huggingface.public_name(init_from), f'{world_size} x {device_name(device)}'
 if loaded:
@@ -400,17 +429,25 @@ if loaded:
         loaded['model']['positions.weight'] = loaded['model']['positions.weight'][:block_size]
     checkpoint.check_weights(shape, loaded, loaded_path)
     raw_model.load_state_dict(loaded['model'])
-opt = make_optimizer(optimizer, raw_model, learning_rate, beta1, beta2, weight_decay, device)
+if fsdp:
+    parallel.shard(raw_model, device, world_size)
+raw_model.to(device)
+opt = make_optimizer(optimizer, raw_model, learning_rate, beta1, beta2, momentum, weight_decay, device)
 scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
 lr_at = make_schedule(schedule, learning_rate, min_lr, warmup_iters, lr_decay_iters or max_iters,
                       wsd_decay_iters or (lr_decay_iters or max_iters) // 5, wsd_decay)
-if resumes:
+if goes_on:
+    former = loaded['config']['optimizer']
+    if former != optimizer:
+        raise UserError(f"optimizer is '{optimizer}', but {loaded_path} was trained with '{former}', whose state is another; "
+                        'leave it out')
     # moments from the checkpoint, hyper-parameters from the settings
-    opt.load_state_dict(loaded['optimizer'] | {'param_groups': opt.state_dict()['param_groups']})
+    state = parallel.as_shards(loaded['optimizer'], opt) if fsdp else loaded['optimizer']
+    opt.load_state_dict(state | {'param_groups': opt.state_dict()['param_groups']})
     if loaded['scaler'] and scaler.is_enabled():
         scaler.load_state_dict(loaded['scaler'])
     first_iter, first_tokens, elapsed, best_val_loss = (loaded[key] for key in ('iter', 'tokens', 'elapsed', 'best_val_loss'))
-    begun_from = loaded['config']['init_from']
+    begun_from = loaded['config']['init_from'] if resumes else begun_from
     machines = loaded['hardware'].split(', then ') if loaded['hardware'] else []
     hardware = ', then '.join(machines if machines[-1:] == [hardware] else [*machines, hardware])
     if first_iter > max_iters:
@@ -418,6 +455,9 @@ if resumes:
     if loaded['data'] and loaded['data'] != manifests:
         say(f'changed: the token files of {dataset} are not those that the run began with')
 del loaded
+micro_batch = largest_micro_batch() if 'batch_size' in config.auto else next(
+    n for n in range(min(batch_size, share), 0, -1) if share % n == 0)
+micro_steps = share // micro_batch
 wants_compile = device.startswith('cuda') if compile == 'auto' else compile
 model, ddp_model = try_compile(raw_model) if wants_compile else (raw_model, wrap(raw_model))
 
@@ -433,7 +473,7 @@ say(f'{raw_model.count_parameters():,} parameters; {max_iters:,} steps of {token
     f'micro-steps {micro_steps} x windows {micro_batch} x block_size {block_size}), {max_iters * tokens_per_step:,} in all, '
     f'{max(order.epochs(max_iters)):.2f} epochs')
 say(f'{device_name(device)}, {dtype}' + (', compiled' if model is not raw_model else '') +
-    (f', resumed at iter {first_iter}' if resumes else ''))
+    (f', resumed at iter {first_iter}' if resumes else '') + (f', branches off at iter {first_iter}' if branches else ''))
 steps = read_ahead(load_step, range(first_iter, max_iters))
 started = time.perf_counter()  # all times in seconds
 measured, measured_tokens = 0.0, 0  # what the next line of the log divides: training only, without what interrupts it
@@ -444,7 +484,7 @@ for it in range(first_iter, max_iters + 1):
     evaluates = val_splits and (it % eval_interval == 0 or last)
     saves = last or it > 0 and it % (checkpoint_interval or eval_interval) == 0
     samples = it > 0 and sample_interval and (it % sample_interval == 0 or last)
-    if (evaluates or saves or samples) and not (resumes and it == first_iter):
+    if (evaluates or saves or samples) and not (goes_on and it == first_iter):
         waits = time.perf_counter()
         synchronize(device)
         measured += time.perf_counter() - waits
@@ -455,16 +495,18 @@ for it in range(first_iter, max_iters + 1):
             best_val_loss = figures['val_loss'] if improved else best_val_loss
             log(iter=it, tokens=tokens_seen(it), **figures, time=elapsed + time.perf_counter() - started)
             say(f'iter {it}: ' + ', '.join(f'{key} {value:.4f}' for key, value in figures.items()))
+        model_state, optimizer_state = (parallel.whole(part.state_dict()) for part in (raw_model, opt))
         if rank == 0 and (saves or improved):
             also = ['best.pt'] * improved + [f'ckpt_{it}.pt'] * bool(keep_every and it % keep_every == 0)
             checkpoint.save(os.path.join(out_dir, 'ckpt.pt'), [os.path.join(out_dir, name) for name in also],
-                            model=raw_model.state_dict(), model_config=dataclasses.asdict(shape),
+                            model=model_state, model_config=dataclasses.asdict(shape),
                             tokenizer=tokenizer.state(), config=config | {'dtype': dtype, 'init_from': begun_from},
                             data=manifests, hardware=hardware, iter=it, tokens=tokens_seen(it),
-                            optimizer=opt.state_dict(), scaler=scaler.state_dict(),
+                            optimizer=optimizer_state, scaler=scaler.state_dict(),
                             elapsed=elapsed + time.perf_counter() - started, best_val_loss=best_val_loss)
         if rank == 0 and samples:
-            sample()
+            sample(Transformer.from_weights(shape, model_state).to(device) if fsdp else raw_model)
+        del model_state, optimizer_state
     if last:
         break
 
@@ -478,9 +520,8 @@ for it in range(first_iter, max_iters + 1):
     for m, batch in enumerate(micro_batches):
         torch.manual_seed(hash_ints(seed, it, rank, m))  # of dropout
         x, y = on_device(batch)
-        averages = m == micro_steps - 1  # DDP averages gradients over the processes, once a step
-        with contextlib.nullcontext() if averages or not ddp else ddp_model.no_sync(), autocast(device, dtype):
-            part = ddp_model(x, y, reduction='sum') * (world_size / n_targets.clamp(min=1))
+        with parallel.local_gradients(ddp_model, wait=m < micro_steps - 1), autocast(device, dtype):
+            part = ddp_model(x, y, reduction='sum', criterion=criterion) * (world_size / n_targets.clamp(min=1))
         scaler.scale(part).backward()
         loss += part.detach()
 
@@ -498,7 +539,7 @@ for it in range(first_iter, max_iters + 1):
     if logs:
         if ddp:
             dist.all_reduce(loss)
-        loss = loss.item() / world_size  # waits for the device
+        loss, grad_norm = loss.item() / world_size, parallel.whole(grad_norm).item()  # waits for the device
     measured += time.perf_counter() - step_started
     measured_tokens += tokens_per_step
     if logs:
@@ -506,7 +547,7 @@ for it in range(first_iter, max_iters + 1):
         mfu = raw_model.flops_per_token() * tok_per_sec / (peak * world_size) if peak else None
         so_far = time.perf_counter() - started
         left = (max_iters - it - 1) * tokens_per_step / tok_per_sec
-        log(iter=it, tokens=tokens_seen(it + 1), loss=loss, lr=lr_at(it), grad_norm=grad_norm.item(),
+        log(iter=it, tokens=tokens_seen(it + 1), loss=loss, lr=lr_at(it), grad_norm=grad_norm,
             tok_per_sec=tok_per_sec, mfu=mfu, time=elapsed + so_far)
         say(f'iter {it}/{max_iters}: loss {loss:.4f}, lr {lr_at(it):.2e}, norm {grad_norm:.2f}, {tok_per_sec:,.0f} tok/s, '
             f"mfu {f'{mfu:.1%}' if mfu else 'n/a'}, {int(left) // 60}:{int(left) % 60:02d} left")
@@ -517,6 +558,7 @@ for it in range(first_iter, max_iters + 1):
 if wandb_run:
     wandb_run.finish()
 if ddp:
+    dist.barrier()  # the first one is not yet done saving and sampling
     dist.destroy_process_group()
 say(f'done: {max_iters} iters in {elapsed + time.perf_counter() - started:.0f} s' +
     (f', best validation loss {best_val_loss:.4f}' if val_splits else '') +

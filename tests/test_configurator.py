@@ -85,6 +85,27 @@ def test_mistakes_in_a_file_get_one_line(script, code, words):
     assert words in error and error.count('\n') == 1
 
 
+def test_a_number_may_be_auto_and_a_script_may_take_over_anothers_settings(tmp_path):
+    (tmp_path / 'base.py').write_text('from configurator import configure\n# ---- sizes\nbatch = 16  # auto, or how many\n'
+                                      "name = 'base'  # a name\n# ----\nconfig = configure(globals())\nboom = 1 / 0\n")
+    (tmp_path / 'top.py').write_text("from configurator import configure\nname = 'top'  # its own\n# ----\n"
+                                     "config = configure(globals(), inherits='base.py')\nprint(dict(config), config.auto)\n")
+
+    def call(*args, code=0):
+        done = subprocess.run([sys.executable, 'top.py', *args], cwd=tmp_path, text=True, capture_output=True,
+                              env={'PYTHONPATH': str(ROOT), 'PATH': ''})
+        assert done.returncode == code and 'Traceback' not in done.stderr, done.stderr
+        return done.stdout + done.stderr
+
+    (tmp_path / 'auto.py').write_text("batch = 'auto'\n")
+    assert call() == "{'name': 'top', 'batch': 16} set()\n"
+    assert call('--batch=auto') == call('auto.py') == "{'name': 'top', 'batch': 16} {'batch'}\n"
+    assert call('auto.py', '--batch=8') == "{'name': 'top', 'batch': 8} set()\n"
+    assert call('--batch=8', 'auto.py') == "{'name': 'top', 'batch': 8} {'batch'}\n"
+    assert "batch='many' (command line): expected a whole number, such as 16" in call('--batch=many', code=2)
+    assert 'batch = 16' in call('--help') and 'auto, or how many' in call('--help') and 'its own' in call('--help')
+
+
 def test_help_shows_comment_value_and_source(script):
     (script.folder / 'c.py').write_text('steps = 7\n')
     text = script('c.py', '--rate=1', '--help')

@@ -1,5 +1,7 @@
 """The hardware is named right: devices that are there, precision that it computes, and peaks of whole names only."""
 
+import sys
+
 import pytest
 import torch
 
@@ -36,6 +38,30 @@ def test_devices(monkeypatch):
                         (('cuda:0', 0, 2), 'cannot serve 2 processes'), (('gpu',), 'choose auto'), (('cuda:x',), 'cuda:x')):
         with pytest.raises(UserError, match=words):
             device.pick_device(*args)
+
+
+def test_the_most_that_fit(monkeypatch):
+    card = {}
+
+    def run(size):
+        card['used'] = 100 + 10 * size
+        if card['used'] > card['there']:
+            raise torch.OutOfMemoryError('')
+
+    monkeypatch.setattr(device, 'peak_memory', lambda device, reset=False: card['used'])
+    monkeypatch.setattr(device, 'memory_limit', lambda device: card['says'])
+    for there, says, reserve, result in ((1000, 1000, 0, 80), (1000, 1000, 500, 30), (300, 1000, 0, 20), (125, 125, 0, 1)):
+        card.update(there=there, says=says, used=100)
+        assert device.most_that_fit([1, 2, 3, 10, 20, 30, 80, 240], run, 'cuda:0', reserve) == result
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='read from /proc')
+def test_peak_memory_is_of_what_came_since():
+    before = device.peak_memory('cpu', reset=True)
+    block = torch.ones(2**25)  # 128 MiB
+    assert 100e6 < device.peak_memory('cpu') - before < 300e6
+    del block
+    assert device.memory_limit('cpu') > 2**30
 
 
 def test_precision(monkeypatch):

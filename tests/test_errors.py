@@ -39,7 +39,7 @@ def fails(script, *args, cwd, **kwargs):
     ('--dataset=tiny:x', "dataset='tiny:x': a mixture is written"),
     ('--device=cuda:77', "device='cuda:77', but torch"),
     ('--device=tpu', "device='tpu': choose auto, cpu, cuda"),
-    ('--optimizer=adamv', "optimizer='adamv' is not there; choose adamw"),
+    ('--optimizer=adamv', "optimizer='adamv' (command line): choose one of adamw, adam, sgd, muon, adamw8bit; did you mean"),
     ('--stage=sft', "stage='sft' is not there yet"),
     ('--init_from=resume', "out_dir='out/tiny' holds no ckpt.pt"),
     ('--init_from=resum', "init_from='resum' is neither scratch, nor resume"),
@@ -157,8 +157,8 @@ def test_sample_refuses(tmp_path, args, words):
     ('--vs=nothing', "vs='nothing': there is no nothing/model.py"), ('--dtype=int8 --compile=True', 'int8\' is not compiled')])
 def test_bench_refuses(place, args, words):
     run('train.py', *TINY, '--max_iters=1', cwd=place)
-    assert words in fails('bench.py', '--init_from=out/tiny', '--device=cpu', '--max_new_tokens=12', '--prompt_tokens=2',
-                          *args.split(), cwd=place)
+    assert words in fails('bench.py', '--task=sample', '--init_from=out/tiny', '--device=cpu', '--max_new_tokens=12',
+                          '--prompt_tokens=2', *args.split(), cwd=place)
 
 
 @pytest.mark.parametrize('args, words', [

@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import pytest
 from conftest import ROOT, TINY, losses, run
 
 
@@ -50,6 +51,24 @@ def test_stops_lengths_and_what_is_said_of_the_context(place):
                      'dropped out of its sight\n')
     _, notes = run('sample.py', *args, '--prompt=' + 'x' * 50, '--max_new_tokens=4', cwd=place)
     assert notes == 'note: the prompt has 50 tokens, and the model sees 16: the first 36 are left out\n'
+
+
+def test_bench_prints_the_speed_of_training_first(place):
+    pytest.importorskip('transformers')
+    out, _ = run('bench.py', *TINY, '--vs=transformers', '--rounds=2', '--steps=3', cwd=place)
+    first, *rest = out.splitlines()
+    assert re.fullmatch(r'[\d,.]+ tok/s', first)
+    assert 'steps of 4 x 16 tokens' in rest[0] and 'data of tiny' in rest[0]
+    seconds = dict(re.findall(r'(\w+) ([\d.]+)', rest[1].partition(';')[2]))
+    step = float(re.match(r'step: ([\d.]+) s', rest[1])[1])
+    assert list(seconds) == ['forward', 'backward', 'optimizer', 'data']
+    assert sum(map(float, seconds.values())) < 1.5 * step + 0.01
+    assert 'that matrix products in float32 reach here' in rest[2] and ' GB at most' in rest[3]
+    assert rest[4].startswith('sourdough, float32: ') and rest[5].startswith('transformers, float32: ') and len(rest) == 6
+    out, _ = run('bench.py', '--n_layer=1', '--n_embd=32', '--dataset=none', '--device=cpu', '--rounds=1', cwd=place)
+    assert 'random tokens, since data/none is not there' in out
+    _, err = run('bench.py', *TINY, '--vs=nowhere', cwd=place, code=2)
+    assert 'there is no nowhere/model.py' in err and 'cannot be measured' in err
 
 
 def test_bench_prints_its_figure_first(place):

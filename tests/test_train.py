@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import sys
 import time
 
 import numpy as np
@@ -162,6 +163,68 @@ def test_a_checkpoint_begins_another_run(place):
     before, after = read_log(place / 'out' / 'tiny'), read_log(place / 'out' / 'next')
     assert after[0]['iter'] == 0 and after[0]['val_loss'] == pytest.approx(before[-1]['val_loss'], rel=1e-6)
     assert checkpoint(place / 'out' / 'next')['model_config']['n_layer'] == 3
+
+
+def test_a_branch_decays_from_the_stable_phase(place):
+    """As if the run had ended there: the same losses as one run with that end, and the trunk stays as it is."""
+    stable = [arg for arg in TINY if not arg.startswith(('--max_iters', '--out_dir'))]
+    run('train.py', *stable, '--keep_every=10', '--max_iters=30', '--wsd_decay_iters=5', '--out_dir=out/trunk', cwd=place)
+    text, _ = run('train.py', '--schedule=wsd', '--init_from=out/trunk/ckpt_10.pt', '--max_iters=18', '--device=cpu',
+                  '--out_dir=out/branch', cwd=place)
+    assert 'branches off at iter 10' in text
+    run('train.py', *stable, '--max_iters=18', '--wsd_decay_iters=8', '--out_dir=out/whole', cwd=place)
+    whole, branch = losses(place / 'out' / 'whole'), losses(place / 'out' / 'branch')
+    assert branch == {key: loss for key, loss in whole.items() if key in branch} and (17, 'loss') in branch
+    assert read_log(place / 'out' / 'branch')[-2]['lr'] < 0.2 * 8e-3
+    saved = checkpoint(place / 'out' / 'branch')
+    assert (saved['iter'], saved['config']['wsd_decay_iters'], saved['config']['init_from']) == (18, 8, 'ckpt_10.pt')
+    text, _ = run('train.py', '--init_from=resume', '--max_iters=20', '--out_dir=out/branch', cwd=place)
+    assert 'resumed at iter 18' in text
+    write_tokens(place / 'other', np.arange(4000) % 100, np.arange(500) % 100)
+    text, _ = run('train.py', '--schedule=wsd', '--init_from=out/trunk/ckpt_10.pt', f'--dataset={place}/other', '--max_iters=2',
+                  '--warmup_iters=1', '--device=cpu', '--out_dir=out/tuned', cwd=place)
+    assert 'branches' not in text and read_log(place / 'out' / 'tuned')[0]['iter'] == 0  # on other data it is a new run
+
+
+@pytest.mark.parametrize('how', [['--optimizer=muon', '--zero_init'], ['--optimizer=sgd', '--criterion=mse', '--n_layer=1'],
+                                 ['--optimizer=adam', '--criterion=mae', '--checkpoint_activations']])
+def test_two_processes_equal_one_and_a_resume_is_exact_whatever_trains(place, how):
+    args = [*TINY, '--gradient_accumulation_steps=2', '--dropout=0', '--wsd_decay_iters=10', *how]
+    run('train.py', *args, '--out_dir=out/one', cwd=place)
+    run('train.py', *args, '--out_dir=out/two', cwd=place, torchrun=2)
+    run('train.py', *args, '--max_iters=10', '--lr_decay_iters=20', '--out_dir=out/resumed', cwd=place)
+    run('train.py', '--init_from=resume', '--max_iters=20', '--out_dir=out/resumed', cwd=place)
+    one, two, resumed = (losses(place / 'out' / which) for which in ('one', 'two', 'resumed'))
+    assert one == resumed and one[20, 'val_loss'] != one[0, 'val_loss']
+    assert list(one.values()) == pytest.approx(list(two.values()), rel=1e-4)
+
+
+def test_shares_of_the_weights_train_as_one_process_does(place):
+    """FSDP on 2 and 4 processes; the checkpoints are everybody's."""
+    args = [*TINY, '--gradient_accumulation_steps=4', '--eval_iters=3']
+    run('train.py', *args, '--out_dir=out/one', cwd=place)
+    text, _ = run('train.py', *args, '--max_iters=10', '--lr_decay_iters=20', '--fsdp', '--sample_interval=10',
+                  '--out_dir=out/shares', cwd=place, torchrun=2)
+    assert text.count('--------') == 2
+    run('train.py', '--init_from=resume', '--max_iters=15', '--fsdp', '--out_dir=out/shares', cwd=place, torchrun=4)
+    run('train.py', '--init_from=resume', '--max_iters=20', '--out_dir=out/shares', cwd=place)
+    one, shares = losses(place / 'out' / 'one'), losses(place / 'out' / 'shares')
+    assert one.keys() == shares.keys() - {(15, 'val_loss')}
+    assert [one[key] for key in one] == pytest.approx([shares[key] for key in one], rel=1e-5)
+    a, b = (checkpoint(place / 'out' / which) for which in ('one', 'shares'))
+    assert all(torch.allclose(a['model'][name], b['model'][name], atol=1e-5) for name in a['model'])
+    _, err = run('train.py', *args, '--fsdp', '--optimizer=muon', '--out_dir=out/no', cwd=place, torchrun=2, code=1)
+    assert "fsdp=True serves adamw, adam and sgd in float32 or bfloat16, and here are 'muon' and float32" in err
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason="a process's peak memory is read from /proc")
+def test_the_micro_batch_that_fits_is_found_and_the_step_stays(place):
+    args = [*TINY, '--gradient_accumulation_steps=2']
+    run('train.py', *args, '--out_dir=out/given', cwd=place)
+    text, _ = run('train.py', *args, '--batch_size=auto', '--out_dir=out/found', cwd=place)
+    assert 'micro-steps 1 x windows 8 x' in text
+    given, found = losses(place / 'out' / 'given'), losses(place / 'out' / 'found')
+    assert given.keys() == found.keys() and list(given.values()) == pytest.approx(list(found.values()), rel=1e-5)
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
