@@ -45,7 +45,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(x, weight, targets):
-    """The negative log-likelihood of the targets, in nats."""
+    """The negative log-likelihood of the targets, in nats; in chunks where there are more logits than one holds."""
+    if len(x) * len(weight) <= CHUNK:
+        return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1, reduction='sum')
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):

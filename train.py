@@ -495,7 +495,8 @@ for it in range(first_iter, max_iters + 1):
             best_val_loss = figures['val_loss'] if improved else best_val_loss
             log(iter=it, tokens=tokens_seen(it), **figures, time=elapsed + time.perf_counter() - started)
             say(f'iter {it}: ' + ', '.join(f'{key} {value:.4f}' for key, value in figures.items()))
-        model_state, optimizer_state = (parallel.whole(part.state_dict()) for part in (raw_model, opt))
+        if saves or improved or samples:
+            model_state, optimizer_state = (parallel.whole(part.state_dict()) for part in (raw_model, opt))
         if rank == 0 and (saves or improved):
             also = ['best.pt'] * improved + [f'ckpt_{it}.pt'] * bool(keep_every and it % keep_every == 0)
             checkpoint.save(os.path.join(out_dir, 'ckpt.pt'), [os.path.join(out_dir, name) for name in also],
@@ -506,7 +507,7 @@ for it in range(first_iter, max_iters + 1):
                             elapsed=elapsed + time.perf_counter() - started, best_val_loss=best_val_loss)
         if rank == 0 and samples:
             sample(Transformer.from_weights(shape, model_state).to(device) if fsdp else raw_model)
-        del model_state, optimizer_state
+        model_state = optimizer_state = None  # copies of it all, with FSDP
     if last:
         break
 
