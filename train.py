@@ -558,9 +558,10 @@ for it in range(first_iter, max_iters + 1):
 
 if wandb_run:
     wandb_run.finish()
-if ddp:
-    dist.barrier()  # the first one is not yet done saving and sampling
-    dist.destroy_process_group()
 say(f'done: {max_iters} iters in {elapsed + time.perf_counter() - started:.0f} s' +
     (f', best validation loss {best_val_loss:.4f}' if val_splits else '') +
     f'. Now let it write:\n    python sample.py --out_dir={out_dir}')
+if ddp:
+    dist.barrier()  # the first process may still be saving and sampling
+    sys.stdout.flush()
+    os._exit(0)  # to take the process group down in good order aborts now and then, with gloo's threads still at work
