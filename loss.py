@@ -22,7 +22,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         w = F.pad(weight.to(dtype), (0, 0, 0, -V % 128))  # matrix products are faster in such multiples
         x_grad, w_grad = [], torch.zeros_like(weight) if with_gradients else None
         loss = torch.zeros((), device=x.device)
-        n_chunks = -(-len(x) * len(w) // CHUNK)
+        n_chunks = min(-(-len(x) * len(w) // CHUNK), len(x))
         for x_part, target in zip(x.to(dtype).tensor_split(n_chunks), targets.tensor_split(n_chunks)):
             logits = x_part @ w.t()
             logits[:, V:] = float('-inf')
