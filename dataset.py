@@ -88,8 +88,9 @@ class Split:
     def __init__(self, name, split, block_size, stride=0):
         """
         With `stride` 0 the windows lie side by side, and from the second epoch on their grid is moved by a random
-        offset, so that a token does not meet the same window's end each time. Any other stride is kept as it is; where
-        the windows overlap, one more may end with the last token.
+        offset, so that a token does not meet the same window's end each time. Any other stride is kept as it is. Windows
+        that overlap go around: one that reaches the end of a file goes on at its beginning, so that all tokens are met
+        equally often, the last as the others.
 
         Raises UserError for files that are missing, damaged, do not match the manifest, or are too short.
         """
@@ -114,7 +115,8 @@ class Split:
                 self.masks.append(mask and os.path.join(folder, mask))
                 self.lengths.append(entry['tokens'])
                 spare = entry['tokens'] - block_size - 1 - self._reach(entry['tokens'])
-                counts.append(spare // self.stride + 1 + (self.stride < block_size and spare % self.stride > 0))
+                overlap = self.stride < block_size
+                counts.append(-(-entry['tokens'] // self.stride) if overlap else spare // self.stride + 1)
         if not counts:
             longest = max(entry['tokens'] for entry in entries.values())
             raise UserError(f"{folder}: the '{split}' split has {longest} tokens, but block_size {block_size} needs at least "
@@ -132,15 +134,18 @@ class Split:
         tokens = open_tokens(self.files[f], self.dtype)
         first = k - (self.ends[f - 1] if f else 0)
         start = int(first) * self.stride + int(offset * (self._reach(len(tokens)) + 1))
-        start = min(start, len(tokens) - self.block_size - 1)
-        ids = tokens[start:start + self.block_size + 1].astype(np.int64)
+        end = start + self.block_size + 1
+
+        def part(array):
+            return np.concatenate((array[start:end], array[:max(end - len(array), 0)]))
+
+        ids = part(tokens).astype(np.int64)
         if ids.max() >= self.vocab_size:
             raise UserError(f'{tokens.filename}: id {ids.max()} is beyond vocab_size {self.vocab_size}; '
                             'prepare the data again')
         targets = ids[1:].copy()
         if self.masks[f]:
-            mask = open_tokens(self.masks[f], np.uint8)
-            targets[mask[start + 1:start + self.block_size + 1] == 0] = -1
+            targets[part(open_tokens(self.masks[f], np.uint8))[1:] == 0] = -1
         return ids[:-1], targets
 
 

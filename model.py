@@ -238,6 +238,25 @@ class KVCache:
         self.k, self.v = ([kept.repeat(batch_size, 1, 1, 1) for kept in part] for part in (self.k, self.v))
 
 
+def attention_in_blocks(q, k, v, size=256):
+    """
+    Causal attention, softmax(q kᵀ / √hs) v, of q (B, nh, T, hs) and k, v (B, nkv, T, hs), a block of queries after the
+    other and each with the keys up to its end. For training in bfloat16 on CPUs: there the backward pass of torch's own
+    takes up to seven times as long (see LOG.md). Half of the T² scores are kept for it.
+    """
+    T, groups = q.size(2), q.size(1) // k.size(1)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    q = q * q.size(-1) ** -0.5
+    hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    y = []
+    for start in range(0, T, size):
+        end = start + size
+        scores = (q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)).masked_fill(hidden[start:end, :end], float('-inf'))
+        y.append(scores.softmax(-1) @ v[:, :, :end])
+    return torch.cat(y, dim=2)
+
+
 class Attention(nn.Module):
     """Causal self-attention; `n_head / n_kv_head` query heads share each key and value head."""
 
@@ -262,8 +281,13 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh or nkv, T, hs)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = F.scaled_dot_product_attention(q.type_as(k), k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           enable_gqa=self.grouped, dropout_p=self.dropout if self.training else 0.0)
+        dropout, causal = self.dropout if self.training else 0.0, mask is None and T > 1
+        trains_in_bf16 = torch.is_grad_enabled() and k.dtype == torch.bfloat16
+        if trains_in_bf16 and x.device.type == 'cpu' and causal and not dropout and T <= 1024:
+            y = attention_in_blocks(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q.type_as(k), k, v, attn_mask=mask, is_causal=causal,
+                                               enable_gqa=self.grouped, dropout_p=dropout)
         y = y.transpose(1, 2).reshape(B, T, C).type_as(qk)
         return self.resid_dropout(self.c_proj(y))
 

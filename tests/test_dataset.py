@@ -62,11 +62,14 @@ def test_an_epoch_reads_every_window_once_and_the_next_in_another_order(counting
     assert starts(TrainingOrder([split], [1.0], 9, seed=2), range(11), range(9)) != first
 
 
-def test_stride_moves_windows_by_so_many_tokens(counting):
-    split = Split(counting, 'train', block_size=128, stride=8)
+def test_windows_of_a_stride_go_around_and_meet_every_token_equally_often(counting):
+    split = Split(counting, 'train', block_size=128, stride=5)
     order = TrainingOrder([split], [1.0], split.n_windows, seed=1)
     for epoch in (0, 1):
-        assert sorted(starts(order, [epoch], range(split.n_windows))) == [*range(0, 1876, 8), 2005 - 129]
+        x, y = order.batch(epoch, range(split.n_windows))
+        assert sorted(x[:, 0].tolist()) == list(range(0, 2005, 5))
+        assert (y == (x + 1) % 2005).all() and (y[:, :-1] == x[:, 1:]).all()
+        assert set(np.bincount(y.flatten()).tolist()) == {25, 26}  # 128 / 5
 
 
 @pytest.mark.parametrize('world_size', [1, 2, 4])
@@ -125,8 +128,11 @@ def test_a_mask_turns_targets_off(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mask = np.arange(100) % 3 != 0
     write_tokens(tmp_path / 'data' / 'masked', range(100), mask=mask)
-    x, y = TrainingOrder([Split('masked', 'train', 9)], [1.0], 5, seed=1).batch(0, range(5))
-    assert np.array_equal(y, np.where((x + 1) % 3 != 0, x + 1, -1))
+    for stride in (0, 4):  # side by side, and around
+        split = Split('masked', 'train', 9, stride)
+        x, y = TrainingOrder([split], [1.0], split.n_windows, seed=1).batch(0, range(split.n_windows))
+        following = (x + 1) % 100
+        assert np.array_equal(y, np.where(following % 3 != 0, following, -1))
 
 
 def test_several_files_are_one_split(tmp_path, monkeypatch):

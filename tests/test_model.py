@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 
 from huggingface import to_ours, to_theirs
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, attention_in_blocks
 
 TINY_GPT2 = dict(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_embd=32, bias=True)
 TINY_LLAMA = dict(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=80, bias=False,
@@ -92,6 +92,31 @@ def test_the_future_does_not_change_past_logits(family):
         after = model(changed)
         assert torch.equal(before[:, :t], after[:, :t])
         assert not torch.allclose(before[:, t], after[:, t])
+
+
+@pytest.mark.parametrize('nh, nkv, T', [(4, 4, 32), (6, 2, 40), (3, 1, 16), (2, 2, 5)])
+def test_attention_in_blocks_is_attention(nh, nkv, T):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, T, 8, dtype=torch.float64, requires_grad=True) for heads in (nh, nkv, nkv))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    results = [attention_in_blocks(q, k, v, size=16), attention(q, k, v, is_causal=True, enable_gqa=True)]
+    there = torch.randn_like(results[0])
+    for ours, theirs in zip(*[(y, *torch.autograd.grad(y, (q, k, v), there)) for y in results]):
+        assert torch.allclose(ours, theirs, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize('family', ['gpt2', 'llama'])
+def test_training_in_bfloat16_has_the_loss_and_gradients_of_float32(family):
+    model = make(FAMILIES[family])
+    idx = torch.randint(0, 96, (4, 33))
+    losses, gradients = [], []
+    for bfloat16 in (False, True):
+        with torch.autocast('cpu', torch.bfloat16, enabled=bfloat16):
+            loss = model(idx[:, :-1], idx[:, 1:])
+        losses.append(loss)
+        gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]))
+    assert losses[0] != losses[1] and torch.allclose(*losses, rtol=1e-3)
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
 
 
 @pytest.mark.parametrize('family', ['gpt2', 'llama'])
