@@ -170,7 +170,7 @@ def measure_way(name, precision, compiled):
         started = time.perf_counter()
         x, y = next(batches)
         waited = time.perf_counter() - started
-        x, y = x.to(device), y.to(device)
+        x, y = (part.pin_memory().to(device, non_blocking=True) if cuda else part for part in (x, y))
         marks = [mark()]
         with autocast(device, precision):
             loss = loss_of(x, y)
@@ -393,6 +393,8 @@ batch_size = 1 if task == 'sample' and config.source['batch_size'] == 'default' 
 for name, least in (('prompt_tokens', 1), ('max_new_tokens', 2), ('batch_size', 1), ('rounds', 1), ('steps', 0)):
     if config[name] < least:
         raise UserError(f'{name}={config[name]} is less than {least}')
+if 'batch_size' in config.auto:
+    raise UserError('batch_size=auto is for train.py: what is measured here is a number of windows; give one')
 steps = steps or (1 if device == 'cpu' else 20)
 if task == 'sample':
     measure_writing()

@@ -194,7 +194,7 @@ def _print_help(doc, entries, config):
             print(f'\n  {comment}')
         else:
             source = config.source[name]
-            left = f'{name} = {config[name]!r}'
+            left = f'{name} = {"auto" if name in config.auto else repr(config[name])}'
             print(f'    {left:<36}  {comment}' + (f'  [{source}]' if source != 'default' else ''))
 
 

@@ -4,6 +4,8 @@ What the hardware is: the device, the precision it computes in, its memory, and 
 
 import contextlib
 import ctypes
+import math
+import os
 import platform
 import re
 import sys
@@ -112,33 +114,41 @@ def peak_memory(device, reset=False):
 
 
 def memory_limit(device):
-    """Bytes that this process may use, what it uses already included."""
+    """
+    Bytes that this process may use, what it uses already included; processes that torchrun starts share what a CPU has.
+    Raises UserError where that is not known.
+    """
     if device.startswith('cuda'):
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
+    if device != 'cpu' or sys.platform != 'linux':
+        raise UserError(f'batch_size=auto reads how much memory there is on CUDA and on Linux only, and this is {device} on '
+                        f'{sys.platform}; give it a number')
     with open('/proc/meminfo') as f:
-        return 1024 * int(re.search(r'MemAvailable:\s+(\d+)', f.read())[1]) + peak_memory(device, reset=True)
+        available = 1024 * int(re.search(r'MemAvailable:\s+(\d+)', f.read())[1])
+    return available // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) + peak_memory(device, reset=True)
 
 
 def most_that_fit(sizes, run, device, reserve):
     """
     The largest of `sizes` (ascending, from 1) whose `run(size)` leaves `reserve` bytes free: by what sizes 1 and 2 take,
-    and tried, since a card may have less than it says.
+    and tried, since a card may have less than it says. 0 if not even 1 fits.
     """
     def used(size):
         peak_memory(device, reset=True)
-        run(size)
+        try:
+            run(size)
+        except torch.OutOfMemoryError:
+            return math.inf
         return peak_memory(device)
 
     there = 0.9 * memory_limit(device) - reserve
     first = used(1)
+    if first == math.inf or len(sizes) == 1:
+        return int(first < math.inf)
     each = max(used(2) - first, 1)  # bytes
-    fitting = [n for n in sizes if n == 1 or first + (n - 1) * each <= there]
-    while len(fitting) > 1:
-        try:
-            run(fitting[-1])
-            break
-        except torch.OutOfMemoryError:
-            fitting.pop()
+    fitting = [1] + [n for n in sizes[1:] if first + (n - 1) * each <= there]
+    while len(fitting) > 1 and used(fitting[-1]) == math.inf:
+        fitting.pop()
     return fitting[-1]
 
 

@@ -242,19 +242,32 @@ def attention_in_blocks(q, k, v, size=256):
     """
     Causal attention, softmax(q kᵀ / √hs) v, of q (B, nh, T, hs) and k, v (B, nkv, T, hs), a block of queries after the
     other and each with the keys up to its end. For training in bfloat16 on CPUs: there the backward pass of torch's own
-    takes up to seven times as long (see LOG.md). Half of the T² scores are kept for it.
+    takes up to seven times as long (see LOG.md). (T² + size T) / 2 scores of each head are kept for it.
     """
     T, groups = q.size(2), q.size(1) // k.size(1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     q = q * q.size(-1) ** -0.5
-    hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     y = []
     for start in range(0, T, size):
         end = start + size
-        scores = (q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)).masked_fill(hidden[start:end, :end], float('-inf'))
+        scores = (q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)).masked_fill(future[start:end, :end], float('-inf'))
         y.append(scores.softmax(-1) @ v[:, :, :end])
     return torch.cat(y, dim=2)
+
+
+def attention(q, k, v, mask=None, dropout=0.0):
+    """
+    softmax(q kᵀ / √hs) v of queries (B, nh, T, hs) and keys and values (B, nkv, S, hs): causal, or by the `mask` of what
+    each query sees.
+    """
+    T, causal = q.size(2), mask is None and q.size(2) > 1
+    trains_on_cpu = torch.is_grad_enabled() and q.device.type == 'cpu'
+    if trains_on_cpu and q.dtype == torch.bfloat16 and causal and not dropout and T <= 1024:
+        return attention_in_blocks(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) < q.size(1),
+                                          dropout_p=dropout)
 
 
 class Attention(nn.Module):
@@ -266,7 +279,6 @@ class Attention(nn.Module):
         self.layer = layer  # its number, by which the cache knows it
         self.heads = (nh, nkv)
         self.head_size = hs
-        self.grouped = nkv < nh
         self.dropout = config.dropout
         self.rotate = POSITIONS[config.pos].rotate
         self.c_attn = nn.Linear(config.n_embd, (nh + 2 * nkv) * hs, bias=config.bias)  # query, key and value in one product
@@ -281,13 +293,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh or nkv, T, hs)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        dropout, causal = self.dropout if self.training else 0.0, mask is None and T > 1
-        trains_in_bf16 = torch.is_grad_enabled() and k.dtype == torch.bfloat16
-        if trains_in_bf16 and x.device.type == 'cpu' and causal and not dropout and T <= 1024:
-            y = attention_in_blocks(q, k, v)
-        else:
-            y = F.scaled_dot_product_attention(q.type_as(k), k, v, attn_mask=mask, is_causal=causal,
-                                               enable_gqa=self.grouped, dropout_p=dropout)
+        y = attention(q.type_as(k), k, v, mask, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, C).type_as(qk)
         return self.resid_dropout(self.c_proj(y))
 

@@ -45,21 +45,28 @@ def shard(model, device, world_size):
 
 
 def local_gradients(model, wait):
-    """A context in which gradients are only summed up here, as in all micro-steps of a step but the last (`wait`)."""
+    """
+    A context in which DDP's gradients are only summed up here, as in all micro-steps of a step but the last (`wait`). FSDP's
+    go to the processes whose share they are every time: nobody has memory for all of them.
+    """
     if isinstance(model, DistributedDataParallel):
         return model.no_sync() if wait else contextlib.nullcontext()
-    if hasattr(model, 'set_requires_gradient_sync'):
-        model.set_requires_gradient_sync(not wait)
     return contextlib.nullcontext()
 
 
-def whole(state):
-    """A state dictionary with whole tensors on the CPU; where they are sharded, every process must call it."""
+def whole(state, here=True):
+    """
+    A state dictionary with whole tensors, on the CPU, in place of sharded ones: every process must call it. They are kept
+    where `here`.
+    """
     if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
+        return {key: whole(value, here) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(whole(value) for value in state)
-    return state.full_tensor().cpu() if hasattr(state, 'full_tensor') else state
+        return type(state)(whole(value, here) for value in state)
+    if not hasattr(state, 'full_tensor'):
+        return state
+    full = state.full_tensor()
+    return full.cpu() if here else None
 
 
 def as_shards(state, optimizer):

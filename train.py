@@ -14,8 +14,9 @@ from configurator import UserError, configure
 
 # ---- the run
 out_dir = 'out/stdlib'  # checkpoints and log.jsonl go here
-init_from = 'scratch'  # scratch, resume (what out_dir holds), or what gives its weights to a new run: a checkpoint's
-                       # path, a folder in Hugging Face's form, or a model's id on its hub (gpt2, HuggingFaceTB/SmolLM2-135M);
+init_from = 'scratch'  # scratch, resume (what out_dir holds), auto (resume if out_dir holds a run, else scratch), or what
+                       # gives its weights to a new run: a checkpoint's path, a folder in Hugging Face's form, or a model's
+                       # id on its hub (gpt2, HuggingFaceTB/SmolLM2-135M);
                        # from a checkpoint's path with --schedule=wsd a run goes on, on the same data, and decays to max_iters
 eval_interval = 300  # steps between evaluations
 eval_iters = 20  # batches of batch_size in an evaluation, always the same ones
@@ -73,7 +74,7 @@ wsd_decay = 'linear'  # linear | 1-sqrt
 # ---- machine
 device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps
 dtype = 'auto'  # auto | float32 | bfloat16 | float16: of matrix products; weights are float32. auto = bfloat16 if native
-compile = 'auto'  # auto | True | False: torch.compile; auto = on CUDA
+compile = 'auto'  # auto | True | False: torch.compile; auto = on CUDA, but for fsdp
 checkpoint_activations = False  # keep less for the backward pass and compute it again: less memory, a third more time
 fsdp = False  # under torchrun: each process holds a share of the weights and of the optimizer, for what does not fit
 backend = 'auto'  # auto | nccl | gloo: of torch.distributed; auto = nccl on CUDA
@@ -107,7 +108,7 @@ OF_THE_MACHINE = ('out_dir', 'init_from', 'device', 'compile', 'backend', 'check
 MODEL_SETTINGS = [field.name for field in dataclasses.fields(ModelConfig)]
 
 rank, local_rank, world_size = parallel.distributed()
-ddp = 'RANK' in os.environ  # torchrun sets it
+under_torchrun = 'RANK' in os.environ  # torchrun sets it
 
 
 def say(*words):
@@ -121,8 +122,8 @@ def former_run():
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise UserError(f"out_dir='{out_dir}' is a file; choose another --out_dir")
     if init_from not in ('scratch', 'resume') and not os.path.exists(init_from) and not huggingface.hub_id(init_from):
-        raise UserError(f"init_from='{init_from}' is neither scratch, nor resume, nor a checkpoint or folder that is there, "
-                        'nor an id on the Hugging Face hub such as HuggingFaceTB/SmolLM2-135M')
+        raise UserError(f"init_from='{init_from}' is none of scratch, resume and auto, no checkpoint or folder that is there, "
+                        'and no id on the Hugging Face hub such as HuggingFaceTB/SmolLM2-135M')
     if init_from == 'resume':
         if not os.path.exists(latest):
             raise UserError(f"init_from='resume', but out_dir='{out_dir}' holds no ckpt.pt; start with --init_from=scratch")
@@ -134,10 +135,21 @@ def former_run():
 
 
 def branches_off(loaded):
-    """Whether the new run goes on from the stable phase of another, on its data, to an end of its own."""
-    return (os.path.isfile(init_from) and schedule == 'wsd' == loaded['config'].get('schedule') and
+    """
+    Whether the new run goes on from the stable phase of another, on its data, to an end of its own. Raises UserError where
+    that phase is over.
+    """
+    former = loaded['config']
+    if not (os.path.isfile(init_from) and schedule == 'wsd' == former.get('schedule') and
             config.source['schedule'] != 'default' and
-            (config.source['dataset'] == 'default' or dataset == loaded['config']['dataset']))
+            (config.source['dataset'] == 'default' or dataset == former['dataset'])):
+        return False
+    end = former['lr_decay_iters'] or former['max_iters']
+    stable = end - (former['wsd_decay_iters'] or end // 5)
+    if loaded['iter'] > stable:
+        raise UserError(f"init_from='{init_from}' is of step {loaded['iter']}, its learning rate falls since step {stable}; "
+                        'branch off at an earlier one, or leave --schedule=wsd out to take its weights only')
+    return True
 
 
 def take_over_settings(loaded, path):
@@ -227,25 +239,31 @@ def share_batch():
 def try_gradient(model, windows):
     """A step's gradient of so many windows, for what it takes."""
     idx = torch.zeros(windows, block_size, dtype=torch.int64, device=device)
-    with autocast(device, dtype):
-        loss = model(idx, idx.clone(), reduction='sum', criterion=criterion)
-    loss.backward()
-    raw_model.zero_grad(set_to_none=True)
+    try:
+        with autocast(device, dtype):
+            loss = model(idx, idx.clone(), reduction='sum', criterion=criterion)
+        loss.backward()
+    finally:
+        raw_model.zero_grad(set_to_none=True)
 
 
 def largest_micro_batch():
     """The most windows at once, of those that divide a process's share of the step, that every process has memory for."""
-    moments = 0 if goes_on else 8 * sum(p.numel() for p in raw_model.parameters()) // (world_size if fsdp else 1)
+    # bytes to come: gradients that stay from one micro-step to the next, and moments, which a former run's optimizer has
+    later = (4 if goes_on else 12) * sum(p.numel() for p in raw_model.parameters())
     sizes = [n for n in range(1, share + 1) if share % n == 0]
-    n = torch.tensor(most_that_fit(sizes, lambda n: try_gradient(raw_model, n), device, moments), device=device)
-    if ddp:
+    n = torch.tensor(most_that_fit(sizes, lambda n: try_gradient(raw_model, n), device, later), device=device)
+    if under_torchrun:
         dist.all_reduce(n, dist.ReduceOp.MIN)
+    if n == 0:
+        raise UserError(f'batch_size=auto: not even one window of block_size {block_size} fits into the memory of '
+                        f'{device_name(device)}; add --checkpoint_activations, or lower block_size')
     return n.item()
 
 
 def wrap(model):
     """The model for the gradient: under torchrun, gradients are averaged over the processes."""
-    return parallel.ddp(model) if ddp and not fsdp else model
+    return parallel.ddp(model) if under_torchrun and not fsdp else model
 
 
 def try_compile(raw_model):
@@ -312,11 +330,11 @@ def evaluate():
     losses, bpbs = {}, {}
     for name, split in val_splits.items():
         sums = torch.zeros(2, device=device)  # nats, targets
-        for batch in val_batches(split, eval_iters * batch_size, batch_size, rank, world_size):
+        for batch in val_batches(split, eval_iters * batch_size, micro_batch, rank, world_size):
             x, y = on_device(map(torch.from_numpy, batch))
             with autocast(device, dtype):
                 sums += torch.stack((model(x, y, reduction='sum'), (y >= 0).sum()))
-        if ddp:
+        if under_torchrun:
             dist.all_reduce(sums)
         losses[name] = (sums[0] / sums[1]).item()
         bpbs[name] = losses[name] / math.log(2) * split.n_tokens / split.n_bytes
@@ -363,6 +381,8 @@ def on_device(batch):
 
 if stage != 'pretrain':
     raise UserError(f"stage='{stage}' is not there yet: this version knows pretrain only")
+if init_from == 'auto':
+    init_from = 'resume' if os.path.exists(os.path.join(out_dir, 'ckpt.pt')) else 'scratch'
 loaded, loaded_path = former_run()
 resumes = init_from == 'resume'
 branches = not resumes and loaded is not None and branches_off(loaded)
@@ -370,7 +390,8 @@ goes_on = resumes or branches  # with the step, the optimizer and the data of a 
 if loaded:
     take_over_settings(loaded, loaded_path)
 if branches:  # all that is left of it is decay, unless the command line says otherwise
-    lr_decay_iters, left = max_iters, max(max_iters - loaded['iter'], 0)
+    lr_decay_iters = lr_decay_iters if config.source['lr_decay_iters'] == 'command line' else 0
+    left = max((lr_decay_iters or max_iters) - loaded['iter'], 0)
     wsd_decay_iters = min(wsd_decay_iters, left) if config.source['wsd_decay_iters'] == 'command line' else left
     config |= {'lr_decay_iters': lr_decay_iters, 'wsd_decay_iters': wsd_decay_iters}
 check_settings()
@@ -379,14 +400,16 @@ check_settings()
 
 device = pick_device(device, local_rank, world_size)
 dtype = pick_dtype(dtype, device)
-fsdp = fsdp and ddp  # a single process has it all
-if ddp:
+fsdp = fsdp and under_torchrun  # a single process has it all
+if under_torchrun:
     if backend == 'nccl' and device == 'cpu':
         raise UserError("backend='nccl' serves CUDA only, and device is cpu; use --backend=auto")
     backend = ('nccl' if device.startswith('cuda') else 'gloo') if backend == 'auto' else backend
     if fsdp and (optimizer not in ('adamw', 'adam', 'sgd') or dtype == 'float16'):
         raise UserError(f"fsdp=True serves adamw, adam and sgd in float32 or bfloat16, and here are '{optimizer}' and "
                         f'{dtype}; leave fsdp out, or change them')
+    if fsdp and 'batch_size' in config.auto:
+        raise UserError('fsdp=True needs a number as batch_size, and it is auto: its processes cannot try sizes on their own')
     dist.init_process_group(backend, device_id=torch.device(device) if device.startswith('cuda') else None)
 set_up(device)
 
@@ -397,7 +420,7 @@ tokens_per_step = total_batch * block_size
 names, weights = parse_mix(dataset)
 if local_rank == 0:
     prepare_missing(names)
-if ddp:
+if under_torchrun:
     dist.barrier()
 metas, train_splits, val_splits = open_data(names)
 meta = metas[0]
@@ -442,8 +465,8 @@ if goes_on:
         raise UserError(f"optimizer is '{optimizer}', but {loaded_path} was trained with '{former}', whose state is another; "
                         'leave it out')
     # moments from the checkpoint, hyper-parameters from the settings
-    state = parallel.as_shards(loaded['optimizer'], opt) if fsdp else loaded['optimizer']
-    opt.load_state_dict(state | {'param_groups': opt.state_dict()['param_groups']})
+    loaded['optimizer']['param_groups'] = opt.state_dict()['param_groups']
+    opt.load_state_dict(parallel.as_shards(loaded['optimizer'], opt) if fsdp else loaded['optimizer'])
     if loaded['scaler'] and scaler.is_enabled():
         scaler.load_state_dict(loaded['scaler'])
     first_iter, first_tokens, elapsed, best_val_loss = (loaded[key] for key in ('iter', 'tokens', 'elapsed', 'best_val_loss'))
@@ -458,7 +481,7 @@ del loaded
 micro_batch = largest_micro_batch() if 'batch_size' in config.auto else next(
     n for n in range(min(batch_size, share), 0, -1) if share % n == 0)
 micro_steps = share // micro_batch
-wants_compile = device.startswith('cuda') if compile == 'auto' else compile
+wants_compile = device.startswith('cuda') and not fsdp if compile == 'auto' else compile
 model, ddp_model = try_compile(raw_model) if wants_compile else (raw_model, wrap(raw_model))
 
 # ---- the loop
@@ -496,7 +519,11 @@ for it in range(first_iter, max_iters + 1):
             log(iter=it, tokens=tokens_seen(it), **figures, time=elapsed + time.perf_counter() - started)
             say(f'iter {it}: ' + ', '.join(f'{key} {value:.4f}' for key, value in figures.items()))
         if saves or improved or samples:
-            model_state, optimizer_state = (parallel.whole(part.state_dict()) for part in (raw_model, opt))
+            model_state = parallel.whole(raw_model.state_dict(), here=rank == 0)
+            if shape.tie_weights:  # one tensor, also of shares
+                model_state['lm_head.weight'] = model_state['wte.weight']
+        if saves or improved:
+            optimizer_state = parallel.whole(opt.state_dict(), here=rank == 0)
         if rank == 0 and (saves or improved):
             also = ['best.pt'] * improved + [f'ckpt_{it}.pt'] * bool(keep_every and it % keep_every == 0)
             checkpoint.save(os.path.join(out_dir, 'ckpt.pt'), [os.path.join(out_dir, name) for name in also],
@@ -515,7 +542,7 @@ for it in range(first_iter, max_iters + 1):
     step_started = time.perf_counter()
     micro_batches, n_targets = next(steps)
     n_targets = torch.full((), float(n_targets), device=device)
-    if ddp:
+    if under_torchrun:
         dist.all_reduce(n_targets)
     loss = torch.zeros((), device=device)
     for m, batch in enumerate(micro_batches):
@@ -538,7 +565,7 @@ for it in range(first_iter, max_iters + 1):
     # 4. log
     logs = it % log_interval == 0
     if logs:
-        if ddp:
+        if under_torchrun:
             dist.all_reduce(loss)
         loss, grad_norm = loss.item() / world_size, parallel.whole(grad_norm).item()  # waits for the device
     measured += time.perf_counter() - step_started
@@ -561,7 +588,7 @@ if wandb_run:
 say(f'done: {max_iters} iters in {elapsed + time.perf_counter() - started:.0f} s' +
     (f', best validation loss {best_val_loss:.4f}' if val_splits else '') +
     f'. Now let it write:\n    python sample.py --out_dir={out_dir}')
-if ddp:
+if under_torchrun:
     dist.barrier()  # the first process may still be saving and sampling
     sys.stdout.flush()
     os._exit(0)  # to take the process group down in good order aborts now and then, with gloo's threads still at work

@@ -50,9 +50,17 @@ def test_the_most_that_fit(monkeypatch):
 
     monkeypatch.setattr(device, 'peak_memory', lambda device, reset=False: card['used'])
     monkeypatch.setattr(device, 'memory_limit', lambda device: card['says'])
-    for there, says, reserve, result in ((1000, 1000, 0, 80), (1000, 1000, 500, 30), (300, 1000, 0, 20), (125, 125, 0, 1)):
+    for there, says, reserve, result in ((1000, 1000, 0, 80), (1000, 1000, 500, 30), (300, 1000, 0, 20), (125, 125, 0, 1),
+                                         (115, 1000, 0, 1), (105, 1000, 0, 0)):
         card.update(there=there, says=says, used=100)
         assert device.most_that_fit([1, 2, 3, 10, 20, 30, 80, 240], run, 'cuda:0', reserve) == result
+        assert device.most_that_fit([1], run, 'cuda:0', reserve) == min(result, 1)
+
+
+def test_memory_that_is_not_known_is_said(monkeypatch):
+    monkeypatch.setattr(sys, 'platform', 'darwin')
+    with pytest.raises(UserError, match='batch_size=auto .* this is cpu on darwin; give it a number'):
+        device.memory_limit('cpu')
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='read from /proc')

@@ -67,6 +67,8 @@ def test_bench_prints_the_speed_of_training_first(place):
     assert rest[4].startswith('sourdough, float32: ') and rest[5].startswith('transformers, float32: ') and len(rest) == 6
     out, _ = run('bench.py', '--n_layer=1', '--n_embd=32', '--dataset=none', '--device=cpu', '--rounds=1', cwd=place)
     assert 'random tokens, since data/none is not there' in out
+    _, err = run('bench.py', *TINY, '--batch_size=auto', cwd=place, code=2)
+    assert 'batch_size=auto is for train.py' in err
     _, err = run('bench.py', *TINY, '--vs=nowhere', cwd=place, code=2)
     assert 'there is no nowhere/model.py' in err and 'cannot be measured' in err
 

@@ -179,7 +179,10 @@ def test_a_branch_decays_from_the_stable_phase(place):
     saved = checkpoint(place / 'out' / 'branch')
     assert (saved['iter'], saved['config']['wsd_decay_iters'], saved['config']['init_from']) == (18, 8, 'ckpt_10.pt')
     text, _ = run('train.py', '--init_from=resume', '--max_iters=20', '--out_dir=out/branch', cwd=place)
-    assert 'resumed at iter 18' in text
+    assert 'resumed at iter 18' in text and read_log(place / 'out' / 'branch')[-2]['lr'] > 0
+    _, err = run('train.py', '--schedule=wsd', '--init_from=out/trunk/ckpt_30.pt', '--max_iters=40', '--out_dir=out/late',
+                 cwd=place, code=2)
+    assert 'is of step 30, its learning rate falls since step 25; branch off at an earlier one' in err
     write_tokens(place / 'other', np.arange(4000) % 100, np.arange(500) % 100)
     text, _ = run('train.py', '--schedule=wsd', '--init_from=out/trunk/ckpt_10.pt', f'--dataset={place}/other', '--max_iters=2',
                   '--warmup_iters=1', '--device=cpu', '--out_dir=out/tuned', cwd=place)
@@ -204,7 +207,7 @@ def test_shares_of_the_weights_train_as_one_process_does(place):
     args = [*TINY, '--gradient_accumulation_steps=4', '--eval_iters=3']
     run('train.py', *args, '--out_dir=out/one', cwd=place)
     text, _ = run('train.py', *args, '--max_iters=10', '--lr_decay_iters=20', '--fsdp', '--sample_interval=10',
-                  '--out_dir=out/shares', cwd=place, torchrun=2)
+                  '--checkpoint_activations', '--out_dir=out/shares', cwd=place, torchrun=2)
     assert text.count('--------') == 2
     run('train.py', '--init_from=resume', '--max_iters=15', '--fsdp', '--out_dir=out/shares', cwd=place, torchrun=4)
     run('train.py', '--init_from=resume', '--max_iters=20', '--out_dir=out/shares', cwd=place)
@@ -213,8 +216,21 @@ def test_shares_of_the_weights_train_as_one_process_does(place):
     assert [one[key] for key in one] == pytest.approx([shares[key] for key in one], rel=1e-5)
     a, b = (checkpoint(place / 'out' / which) for which in ('one', 'shares'))
     assert all(torch.allclose(a['model'][name], b['model'][name], atol=1e-5) for name in a['model'])
-    _, err = run('train.py', *args, '--fsdp', '--optimizer=muon', '--out_dir=out/no', cwd=place, torchrun=2, code=1)
-    assert "fsdp=True serves adamw, adam and sgd in float32 or bfloat16, and here are 'muon' and float32" in err
+    for wrong, words in (('--optimizer=muon', "adamw, adam and sgd in float32 or bfloat16, and here are 'muon' and float32"),
+                         ('--batch_size=auto', 'fsdp=True needs a number as batch_size, and it is auto')):
+        _, err = run('train.py', *args, '--fsdp', wrong, '--out_dir=out/no', cwd=place, torchrun=2, code=1)
+        assert words in err
+
+
+def test_a_restart_needs_no_other_command(place):
+    """As torchrun and restart loops give it: auto begins, then goes on."""
+    args = [*TINY, '--lr_decay_iters=20', '--init_from=auto']
+    run('train.py', *TINY, cwd=place)
+    text, _ = run('train.py', *args, '--max_iters=10', '--out_dir=out/again', cwd=place)
+    assert 'resumed' not in text
+    text, _ = run('train.py', *args, '--max_iters=20', '--out_dir=out/again', cwd=place)
+    assert 'resumed at iter 10' in text
+    assert losses(place / 'out' / 'tiny').items() <= losses(place / 'out' / 'again').items()
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason="a process's peak memory is read from /proc")
@@ -224,7 +240,7 @@ def test_the_micro_batch_that_fits_is_found_and_the_step_stays(place):
     text, _ = run('train.py', *args, '--batch_size=auto', '--out_dir=out/found', cwd=place)
     assert 'micro-steps 1 x windows 8 x' in text
     given, found = losses(place / 'out' / 'given'), losses(place / 'out' / 'found')
-    assert given.keys() == found.keys() and list(given.values()) == pytest.approx(list(found.values()), rel=1e-5)
+    assert given.keys() == found.keys() and list(given.values()) == pytest.approx(list(found.values()), rel=1e-4)
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
