@@ -129,8 +129,7 @@ def training_peer(name, c, compiled):
         set_up(device)
         model = Transformer(c).to(device)
         model.checkpoint_activations = run.checkpoint_activations
-        opt = make_optimizer(run.optimizer, model, run.learning_rate, run.adamw_learning_rate, *betas, run.momentum,
-                             run.weight_decay, device)
+        opt = make_optimizer(run.optimizer, model, run.learning_rate, *betas, run.momentum, run.weight_decay, device)
     elif name == 'nanoGPT':
         model = nanogpt(next(peer for peer in vs.split() if peer != 'transformers'), c)
         with contextlib.redirect_stdout(sys.stderr):

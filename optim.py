@@ -20,12 +20,11 @@ class Muon:
     Muon (Jordan et al. 2024) for the blocks' matrices and AdamW for all the rest, as if they were one optimizer.
 
     Muon's step is its momentum made orthogonal, so that no direction of a matrix is left behind. It is scaled to the size
-    of AdamW's steps (Liu et al. 2025, `match_rms_adamw`), so that both can take the same learning rate; `lr_scale` of a
-    parameter group is its share of it. Matrices that are joined for speed only (query, key and value; gate and up) take a
-    step each.
+    of AdamW's steps (Liu et al. 2025, `match_rms_adamw`): both take the same learning rate and weight decay. Matrices that
+    are joined for speed only (query, key and value; gate and up) take a step each.
     """
 
-    def __init__(self, model, learning_rate, adamw_learning_rate, weight_decay, betas, momentum, fused):
+    def __init__(self, model, learning_rate, weight_decay, betas, momentum, fused):
         c = model.config
         joined = {'c_attn': [c.n_head * c.head_size, *2 * [c.n_kv_head * c.head_size]], 'c_gate_up': 2 * [c.n_inner]}
         self.matrices, rest = [], []  # of the former (the matrix, its parts, which share its memory)
@@ -37,9 +36,7 @@ class Muon:
                 rest.append(p)
         self.muon = torch.optim.Muon([part for _, parts in self.matrices for part in parts], weight_decay=weight_decay,
                                      momentum=momentum, adjust_lr_fn='match_rms_adamw')
-        scale = adamw_learning_rate / learning_rate if adamw_learning_rate and learning_rate else 1.0
-        groups = [group | {'lr_scale': scale} for group in parameter_groups(rest, weight_decay)]
-        self.adamw = torch.optim.AdamW(groups, lr=scale * learning_rate, betas=betas, fused=fused)
+        self.adamw = torch.optim.AdamW(parameter_groups(rest, weight_decay), lr=learning_rate, betas=betas, fused=fused)
         self.hidden = {'params': [p for p, _ in self.matrices], 'lr': learning_rate}
 
     @property
@@ -70,20 +67,14 @@ class Muon:
             optimizer.load_state_dict({'state': state, 'param_groups': optimizer.state_dict()['param_groups']})
 
 
-def set_learning_rate(optimizer, learning_rate):
-    """Of all parameter groups, each by its `lr_scale` where it has one."""
-    for group in optimizer.param_groups:
-        group['lr'] = learning_rate * group.get('lr_scale', 1.0)
-
-
-def make_optimizer(name, model, learning_rate, adamw_learning_rate, beta1, beta2, momentum, weight_decay, device):
+def make_optimizer(name, model, learning_rate, beta1, beta2, momentum, weight_decay, device):
     """
     The optimizer called `name`, in one fused kernel where the device has it:
 
     adamw       Adam with decoupled weight decay (Loshchilov and Hutter 2019)
     adam        its weight decay is part of the gradient (Kingma and Ba 2015)
     sgd         with `momentum`
-    muon        see Muon; what AdamW takes there has `adamw_learning_rate`, 0 = the same
+    muon        see Muon
     adamw8bit   AdamW whose memory takes a quarter (Dettmers et al. 2022), from bitsandbytes; on CUDA only
 
     Raises UserError for one that is not there.
@@ -92,7 +83,7 @@ def make_optimizer(name, model, learning_rate, adamw_learning_rate, beta1, beta2
     if name == 'muon':
         if not hasattr(torch.optim, 'Muon'):
             raise UserError(f"optimizer='muon' needs torch 2.9 or newer, and this is {torch.__version__}; use adamw")
-        return Muon(model, learning_rate, adamw_learning_rate, weight_decay, betas, momentum, fused)
+        return Muon(model, learning_rate, weight_decay, betas, momentum, fused)
     groups = parameter_groups(list(model.parameters()), weight_decay)
     if name == 'sgd':
         return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, fused=fused)

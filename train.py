@@ -59,7 +59,6 @@ zero_init = False  # what writes into the residual stream starts at zero
 optimizer = 'adamw'  # adamw | adam | sgd | muon | adamw8bit: muon takes AdamW for what is no matrix of a block
 criterion = 'cross_entropy'  # cross_entropy | mse | mae: what training minimises; evaluations are cross-entropy
 learning_rate = 8e-3  # the highest
-adamw_learning_rate = 0.0  # muon: the highest for what AdamW takes; 0 = learning_rate
 max_iters = 1200  # steps
 weight_decay = 0.1  # on matrices only
 momentum = 0.95  # of muon and sgd
@@ -102,7 +101,7 @@ from dataset import Split, TrainingOrder, folder_of, hash_ints, parse_mix, read_
 from device import autocast, device_name, most_that_fit, not_compiled, peak_flops, pick_device, pick_dtype, set_up, synchronize
 from generation import Sampling, generate, unknown_ids
 from model import ModelConfig, Transformer
-from optim import make_optimizer, make_schedule, set_learning_rate
+from optim import make_optimizer, make_schedule
 from tokenizer import tokenizer_from_state
 
 OF_THE_MACHINE = ('out_dir', 'init_from', 'device', 'compile', 'backend', 'checkpoint_activations', 'fsdp')  # not of the run
@@ -216,8 +215,8 @@ def check_settings():
     """Raises UserError for numbers out of their range; the model's are checked by ModelConfig."""
     for least, *keys in ((1, 'eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'gradient_accumulation_steps'),
                          (0, 'max_iters', 'checkpoint_interval', 'keep_every', 'sample_interval', 'sample_tokens', 'stride',
-                          'learning_rate', 'adamw_learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters',
-                          'lr_decay_iters', 'wsd_decay_iters', 'vocab_size', 'seed')):
+                          'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters',
+                          'wsd_decay_iters', 'vocab_size', 'seed')):
         for key in keys:
             if config[key] < least:
                 raise UserError(f'{key}={config[key]} is less than {least}')
@@ -456,7 +455,7 @@ if loaded:
 if fsdp:
     parallel.shard(raw_model, device, world_size)
 raw_model.to(device)
-opt = make_optimizer(optimizer, raw_model, learning_rate, adamw_learning_rate, beta1, beta2, momentum, weight_decay, device)
+opt = make_optimizer(optimizer, raw_model, learning_rate, beta1, beta2, momentum, weight_decay, device)
 scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
 lr_at = make_schedule(schedule, learning_rate, min_lr, warmup_iters, lr_decay_iters or max_iters,
                       wsd_decay_iters or (lr_decay_iters or max_iters) // 5, wsd_decay)
@@ -557,7 +556,8 @@ for it in range(first_iter, max_iters + 1):
     # 3. step
     scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    set_learning_rate(opt, lr_at(it))
+    for group in opt.param_groups:
+        group['lr'] = lr_at(it)
     scaler.step(opt)
     scaler.update()
     opt.zero_grad(set_to_none=True)
