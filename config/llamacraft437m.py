@@ -7,7 +7,7 @@ LlamaCraft, a Llama of 437,584,896 parameters on FineWeb-Edu.
 Source: its write-up and repository: Llama-2's shape and tokenizer (32,000), rows packed without padding, a 90/10 split,
 micro-batches of 8 * 1024 accumulated 64 times, learning rate 1e-3 with 1000 steps of warm-up and a cosine to 0, 200,000
 steps planned. No finished loss was published. It used 8-bit AdamW from bitsandbytes, which is --optimizer=adamw8bit here;
-AdamW in 32 bits takes 2.6 GB more. On a 24 GB card add --checkpoint_activations: about 11 GB by calculation (LOG.md).
+AdamW in 32 bits takes 2.6 GB more. On a 24 GB card add --checkpoint_activations: about 10 GB by calculation (LOG.md).
 
 The tokenizer is Llama-2's, from a copy that needs no licence to be accepted first.
 """
