@@ -122,8 +122,8 @@ def former_run():
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise UserError(f"out_dir='{out_dir}' is a file; choose another --out_dir")
     if init_from not in ('scratch', 'resume') and not os.path.exists(init_from) and not huggingface.hub_id(init_from):
-        raise UserError(f"init_from='{init_from}' is none of scratch, resume and auto, no checkpoint or folder that is there, "
-                        'and no id on the Hugging Face hub such as HuggingFaceTB/SmolLM2-135M')
+        raise UserError(f"init_from='{init_from}' is neither scratch, nor resume, nor auto, nor a checkpoint or folder that is "
+                        'there, nor an id on the Hugging Face hub such as HuggingFaceTB/SmolLM2-135M')
     if init_from == 'resume':
         if not os.path.exists(latest):
             raise UserError(f"init_from='resume', but out_dir='{out_dir}' holds no ckpt.pt; start with --init_from=scratch")

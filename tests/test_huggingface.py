@@ -452,7 +452,7 @@ def test_a_name_that_is_nowhere(tmp_path):
             ('sample.py', 'gpt2', "init_from='gpt2': there is no such"), ('sample.py', 'gpt3', "init_from='gpt3' is neither a"),
             ('sample.py', './hf/x', "init_from='./hf/x' is neither a checkpoint nor a folder that is there"),
             ('export.py', 'out/x/best.pt', 'out/x/best.pt: there is no checkpoint'),
-            ('train.py', 'gpt2-small', "init_from='gpt2-small' is neither scratch, nor resume, nor a checkpoint")):
+            ('train.py', 'gpt2-small', "init_from='gpt2-small' is neither scratch, nor resume, nor auto, nor a checkpoint")):
         error = fails(script, f'--init_from={name}', cwd=tmp_path)
         assert words in error
     assert os.listdir(tmp_path) == []
