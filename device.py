@@ -70,10 +70,11 @@ def set_up(device):
     if device.startswith('cuda'):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
-    elif device == 'cpu' and sys.platform == 'linux' and hasattr(ctypes.CDLL(None), 'mallopt'):
+    elif device == 'cpu' and sys.platform == 'linux':
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        if hasattr(libc, 'mallopt'):
+            libc.mallopt(M_MMAP_MAX, 0)
+            libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def not_compiled(error):

@@ -1,8 +1,8 @@
 """
 One model on several processes: DDP, where each holds all of it, and FSDP, where each holds a share of every tensor.
 
-Both average the gradients over the processes, once a step, and give the losses that one process would give. Checkpoints
-hold whole tensors in either case.
+Both average the gradients over the processes, DDP once a step and FSDP in every micro-step, and give the losses that one
+process would give. Checkpoints hold whole tensors in either case.
 """
 
 import contextlib
@@ -49,9 +49,7 @@ def local_gradients(model, wait):
     A context in which DDP's gradients are only summed up here, as in all micro-steps of a step but the last (`wait`). FSDP's
     go to the processes whose share they are every time: nobody has memory for all of them.
     """
-    if isinstance(model, DistributedDataParallel):
-        return model.no_sync() if wait else contextlib.nullcontext()
-    return contextlib.nullcontext()
+    return model.no_sync() if wait and isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def whole(state, here=True):
