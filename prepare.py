@@ -53,7 +53,6 @@ adopt = ''  # instead of preparing: a folder with nanoGPT's train.bin and val.bi
 # ----
 config = configure(globals())
 
-import contextlib
 import errno
 import hashlib
 import json
@@ -67,7 +66,7 @@ import numpy as np
 import shards
 import sources
 from dataset import folder_of, read_meta, read_tokenizer
-from shards import read_json, write_whole
+from files import alone, read_json, write_whole
 from tokenizer import BEFORE_WORD, STATE_FILE, HuggingFaceTokenizer, load_tokenizer, train_bpe
 
 OF_THE_WORK = ('name', 'note', 'num_workers', 'overwrite', 'allow_network', 'inspect', 'adopt')  # settings not of the result
@@ -295,28 +294,8 @@ def main():
         files = None if re.match('https?://|hf:', source) else sources.find_files(source, include, exclude)
     tok = None if tokenizer.startswith('bpe:') else load_tokenizer(tokenizer, eot_token)
     os.makedirs('data', exist_ok=True)
-    with alone(f'{target}.lock'):
+    with alone(f'{target}.lock', f'{target}: another process is preparing this data set; wait, or choose another --name'):
         prepare_or_go_on(target, folder, files, tok)
-
-
-@contextlib.contextmanager
-def alone(path):
-    """Holds a lock that ends with the process, however it ends; raises UserError if another process has it."""
-    with open(path, 'w') as f:
-        try:
-            if os.name == 'nt':
-                import msvcrt
-                msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UserError(f'{path}: another process is preparing this data set; wait, or choose another name') from None
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # Windows does not remove what is open
-                os.remove(path)
 
 
 def prepare_or_go_on(target, folder, files, tok):

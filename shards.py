@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import UserError
+from files import read_json, write_whole
 from sources import Reader
 from tokenizer import STATE_FILE, tokenizer_from_state
 
@@ -380,19 +381,3 @@ class Progress:
 
 def clock(seconds):
     return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
-
-
-# ---- files
-
-def write_whole(path, data):
-    """Writes a file so that it is there whole or not at all."""
-    with open(f'{path}.tmp', 'wb') as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f'{path}.tmp', path)
-
-
-def read_json(path):
-    with open(path, encoding='utf-8') as f:
-        return json.load(f)
