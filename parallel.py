@@ -6,19 +6,71 @@ process would give. Checkpoints hold whole tensors in either case.
 """
 
 import contextlib
+import datetime
 import inspect
 import os
+import uuid
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import UserError
+
+host = None  # the group in which the processes agree on numbers, without a wait for the device
 
 
 def distributed():
     """(rank, local_rank, world_size) as torchrun sets them; (0, 0, 1) without it."""
     return tuple(int(os.environ.get(key, default)) for key, default in
                  (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+
+
+def start(backend, device):
+    """Joins the processes."""
+    global host
+    store, rank, world_size = fresh_store()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                            device_id=torch.device(device) if device.startswith('cuda') else None)
+    host = dist.new_group(backend='gloo') if backend != 'gloo' else dist.group.WORLD
+
+
+def fresh_store():
+    """
+    Where the processes find each other: a part of torchrun's store of their own. The store itself outlives processes, so that
+    those which are started again would find the addresses of the dead (pytorch's issue 135712).
+    """
+    store, rank, world_size = next(dist.rendezvous('env://'))
+    me = uuid.uuid4().hex
+    if rank == 0:
+        store.set('first', me)
+        for other in range(1, world_size):
+            store.set(f'{me}/{store.get(f"{me}/{other}").decode()}', 'welcome')
+        return dist.PrefixStore(me, store), rank, world_size
+    while True:
+        first = store.get('first').decode()  # this may be a dead one, which welcomes nobody
+        store.set(f'{first}/{rank}', me)
+        with contextlib.suppress(dist.DistStoreError):  # it did not within a second
+            store.wait([f'{first}/{me}'], datetime.timedelta(seconds=1))
+            return dist.PrefixStore(first, store), rank, world_size
+
+
+def total(*numbers):
+    """The sum of each number over all processes, which wait for each other here."""
+    if not dist.is_initialized():
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(sums, group=host)
+    return sums.tolist()
+
+
+def by_the_first(work, *args):
+    """What `work(*args)` returns on the first process, for all of them."""
+    if not dist.is_initialized():
+        return work(*args)
+    result = [work(*args) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(result, group=host)
+    return result[0]
 
 
 def ddp(model):
@@ -38,7 +90,7 @@ def shard(model, device, world_size):
         from torch.distributed.fsdp import fully_shard
     except ImportError:
         raise UserError(f'fsdp=True needs torch 2.6 or newer, and this is {torch.__version__}') from None
-    mesh = torch.distributed.init_device_mesh(device.split(':')[0], (world_size,))
+    mesh = dist.init_device_mesh(device.split(':')[0], (world_size,))
     for block in model.h:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -52,29 +104,43 @@ def local_gradients(model, wait):
     return model.no_sync() if wait and isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def whole(state, here=True):
+def copy_whole(state, here=True):
     """
-    A state dictionary with whole tensors, on the CPU, in place of sharded ones: every process must call it. They are kept
+    A copy on the CPU of a state dictionary, with whole tensors in place of shares: every process must call it. It is kept
     where `here`.
     """
     if isinstance(state, dict):
-        return {key: whole(value, here) for key, value in state.items()}
+        return {key: copy_whole(value, here) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(whole(value, here) for value in state)
-    if not hasattr(state, 'full_tensor'):
+        return type(state)(copy_whole(value, here) for value in state)
+    if not isinstance(state, torch.Tensor):
         return state
-    full = state.full_tensor()
-    return full.cpu() if here else None
+    full = state.full_tensor() if hasattr(state, 'full_tensor') else state
+    return full.detach().to('cpu', copy=True) if here else None
 
 
-def as_shards(state, optimizer):
-    """An optimizer's state, whole, sharded as the weights that it belongs to."""
-    params = [p for group in optimizer.param_groups for p in group['params']]
+def all_finite(tensors):
+    """Whether none of the tensors, or of their shares on any process, has a number that is not finite."""
+    parts = (p.to_local() if hasattr(p, 'to_local') else p for p in tensors)
+    return not any(total(any(not p.isfinite().all() for p in parts)))
 
-    def share(value, p):
-        if not (hasattr(p, 'full_tensor') and isinstance(value, torch.Tensor) and value.shape == p.shape):
-            return value
-        return torch.distributed.tensor.distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
 
-    kept = {i: {key: share(value, params[i]) for key, value in entry.items()} for i, entry in state['state'].items()}
-    return state | {'state': kept}
+def share_of(value, p):
+    """A whole tensor, or whatever else belongs to weight `p`, sharded as that is."""
+    if not (hasattr(p, 'full_tensor') and isinstance(value, torch.Tensor) and value.shape == p.shape):
+        return value
+    return dist.tensor.distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+
+
+def load_weights(model, weights):
+    """Sets a model's weights, sharded or not, from whole tensors."""
+    model.load_state_dict({name: share_of(weights[name], p) for name, p in model.state_dict().items()})
+
+
+def load_moments(optimizer, state, sharded):
+    """Sets an optimizer's state, sharded as its weights are, from whole tensors; its hyper-parameters stay."""
+    moments = state['state']
+    if sharded:
+        params = [p for group in optimizer.param_groups for p in group['params']]
+        moments = {i: {key: share_of(value, params[i]) for key, value in entry.items()} for i, entry in moments.items()}
+    optimizer.load_state_dict({'state': moments, 'param_groups': optimizer.state_dict()['param_groups']})

@@ -22,7 +22,10 @@ eval_interval = 300  # steps between evaluations
 eval_iters = 20  # batches of batch_size in an evaluation, always the same ones
 log_interval = 10  # steps between lines of the log
 checkpoint_interval = 0  # steps between checkpoints; 0 = at every evaluation
+checkpoint_minutes = 0.0  # minutes after which one is saved in any case; 0 = by steps only
+keep_last = 2  # latest checkpoints: ckpt.pt, and before it ckpt.1.pt, which a resume takes if ckpt.pt is damaged
 keep_every = 0  # keep ckpt_<iter>.pt of every so many steps (of those at which a checkpoint is saved); 0 keeps none
+mirror = ''  # copy checkpoints, log and settings there as well: s3://bucket/run, or any other URL that fsspec knows
 sample_interval = 300  # steps between samples of text; 0 = none
 sample_prompt = 'def '  # what the samples continue; '' = a new document
 sample_tokens = 200  # their length
@@ -65,6 +68,8 @@ momentum = 0.95  # of muon and sgd
 beta1 = 0.9  # Adam's memory of gradients
 beta2 = 0.95  # and of their squares
 grad_clip = 1.0  # largest norm of the gradient; 0 = no clipping
+max_spike = 0.0  # leave out a step whose loss or gradient's norm is so many times its running mean; 0 = never
+max_bad_steps = 10  # so many steps in a row that had to be left out, and the run goes back to its last checkpoint, once
 schedule = 'wsd'  # cosine | wsd | linear | constant
 warmup_iters = 50  # steps
 lr_decay_iters = 0  # steps until min_lr; 0 = max_iters
@@ -83,10 +88,12 @@ seed = 1337  # of the initial weights, the order of the data, and dropout
 config = configure(globals())
 
 # torch takes seconds to import: a mistyped setting is found before
+import atexit
+import contextlib
 import dataclasses
-import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -99,12 +106,19 @@ import huggingface
 import parallel
 from dataset import Split, TrainingOrder, folder_of, hash_ints, parse_mix, read_ahead, read_meta, read_tokenizer, val_batches
 from device import autocast, device_name, most_that_fit, not_compiled, peak_flops, pick_device, pick_dtype, set_up, synchronize
+from files import alone, write_whole
 from generation import Sampling, generate, unknown_ids
+from health import Interruption, Numbers
+from logs import Log, Wandb, new_id
 from model import ModelConfig, Transformer
 from optim import make_optimizer, make_schedule
 from tokenizer import tokenizer_from_state
 
-OF_THE_MACHINE = ('out_dir', 'init_from', 'device', 'compile', 'backend', 'checkpoint_activations', 'fsdp')  # not of the run
+# settings that are not of the run; those with which a run may be started again that goes on by itself; those of the model
+OF_THE_MACHINE = ('out_dir', 'init_from', 'mirror', 'device', 'compile', 'backend', 'checkpoint_activations', 'fsdp')
+OF_THE_REPORTS = ('eval_interval', 'eval_iters', 'log_interval', 'checkpoint_interval', 'checkpoint_minutes', 'keep_last',
+                  'keep_every', 'sample_interval', 'sample_prompt', 'sample_tokens', 'wandb_log', 'wandb_project',
+                  'wandb_run_name', 'max_iters', 'lr_decay_iters', 'max_bad_steps')
 MODEL_SETTINGS = [field.name for field in dataclasses.fields(ModelConfig)]
 
 rank, local_rank, world_size = parallel.distributed()
@@ -113,25 +127,49 @@ under_torchrun = 'RANK' in os.environ  # torchrun sets it
 
 def say(*words):
     if rank == 0:
-        print(*words, flush=True)
+        with contextlib.suppress(OSError):  # where it goes to may be full, or gone
+            print(*words, flush=True)
 
 
-def former_run():
-    """The checkpoint to go on from, and its path; (None, '') for a start from scratch."""
-    latest = os.path.join(out_dir, 'ckpt.pt')
+def find_run():
+    """
+    On the first process: what `init_from` comes to, and the path of the checkpoint to resume from, which a bare machine fetches
+    from the mirror. From here on nobody else writes `out_dir`.
+    """
+    found, latest = checkpoint.has_run(out_dir), os.path.join(out_dir, 'ckpt.pt')
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise UserError(f"out_dir='{out_dir}' is a file; choose another --out_dir")
-    if init_from not in ('scratch', 'resume') and not os.path.exists(init_from) and not huggingface.hub_id(init_from):
+    if init_from not in ('scratch', 'resume', 'auto') and not os.path.exists(init_from) and not huggingface.hub_id(init_from):
         raise UserError(f"init_from='{init_from}' is neither scratch, nor resume, nor auto, nor a checkpoint or folder that is "
                         'there, nor an id on the Hugging Face hub such as HuggingFaceTB/SmolLM2-135M')
-    if init_from == 'resume':
-        if not os.path.exists(latest):
+    if os.path.isdir(out_dir):
+        lock_folder()
+    if init_from not in ('resume', 'auto'):
+        if found:
+            raise UserError(f"out_dir='{out_dir}' holds a run already; continue it with --init_from=resume, or choose another "
+                            '--out_dir')
+        return init_from, init_from if init_from != 'scratch' else ''
+    if not found:
+        if init_from == 'resume':
             raise UserError(f"init_from='resume', but out_dir='{out_dir}' holds no ckpt.pt; start with --init_from=scratch")
-        return checkpoint.load(latest), latest
-    if os.path.exists(latest):
-        raise UserError(f"out_dir='{out_dir}' holds a run already; continue it with --init_from=resume, or choose another "
-                        '--out_dir')
-    return (None, '') if init_from == 'scratch' else (checkpoint.load_any(init_from), init_from)
+        return 'scratch', ''
+    path = checkpoint.latest(out_dir, say)
+    if path != latest:
+        if os.path.exists(latest):
+            os.replace(latest, os.path.join(out_dir, 'ckpt.damaged.pt'))
+        os.replace(path, latest)
+    return 'resume', latest
+
+
+def lock_folder():
+    """Makes `out_dir`; until this process ends, however it ends, no other trainer writes there."""
+    busy = f"out_dir='{out_dir}': another trainer writes there; wait for it, or choose another --out_dir"
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        at_the_end.enter_context(alone(os.path.join(out_dir, 'lock'), busy))
+    except OSError as e:
+        raise UserError(f"out_dir='{out_dir}' cannot be written ({e.strerror}); make room, or choose another "
+                        '--out_dir') from None
 
 
 def branches_off(loaded):
@@ -164,19 +202,23 @@ def take_over_settings(loaded, path):
         if config.source[key] == 'default':
             config[key] = globals()[key] = value
         elif config[key] != value and (goes_on or key not in ('dropout', 'vocab_size')):
-            changed.append(f'changed: {key} was {value!r}, is now {config[key]!r} ({config.source[key]})')
+            changed.append(f'{key} was {value!r}, is now {config[key]!r} ({config.source[key]})')
     former = checkpoint.model_config(loaded, path)
     was, now = dataclasses.asdict(former), dataclasses.asdict(model_config(former.vocab_size))
     free = {'dropout', 'init_std', 'zero_init'}
     if not goes_on:
         free |= {'sliding_window', 'rope_theta', 'rope_scaling'}
         free |= {'block_size'} if former.pos == 'rope' or block_size <= former.block_size else set()
-    for key in MODEL_SETTINGS:
-        if was[key] != now[key] and key not in free:
-            raise UserError(f'{key} is {now[key]!r} ({config.source[key]}), but the model in {path} has {was[key]!r}; '
-                            'leave it out, or train another model from scratch')
+    wrong = [f'{key} is {now[key]!r} ({config.source[key]}), but the model in {path} has {was[key]!r}'
+             for key in MODEL_SETTINGS if was[key] != now[key] and key not in free]
+    if wrong:
+        raise UserError(f'{"; ".join(wrong)}; leave {"it" if len(wrong) == 1 else "them"} out, or train another model in '
+                        'another --out_dir')
+    if by_itself and changed and not {line.split()[0] for line in changed} <= set(OF_THE_REPORTS):
+        raise UserError(f"out_dir='{out_dir}' holds a run with other settings: {'; '.join(changed)}; --init_from=resume "
+                        'goes on with the new ones, another --out_dir begins another run')
     for line in changed:
-        say(line)
+        say(f'changed: {line}')
 
 
 def model_config(data_vocab_size):
@@ -213,13 +255,18 @@ def open_data(names):
 
 def check_settings():
     """Raises UserError for numbers out of their range; the model's are checked by ModelConfig."""
-    for least, *keys in ((1, 'eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'gradient_accumulation_steps'),
-                         (0, 'max_iters', 'checkpoint_interval', 'keep_every', 'sample_interval', 'sample_tokens', 'stride',
-                          'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'lr_decay_iters',
-                          'wsd_decay_iters', 'vocab_size', 'seed')):
+    for least, *keys in ((1, 'eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'gradient_accumulation_steps',
+                          'keep_last', 'max_bad_steps'),
+                         (0, 'max_iters', 'checkpoint_interval', 'checkpoint_minutes', 'keep_every', 'max_spike',
+                          'sample_interval', 'sample_tokens', 'stride', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip',
+                          'warmup_iters', 'lr_decay_iters', 'wsd_decay_iters', 'vocab_size', 'seed')):
         for key in keys:
             if config[key] < least:
                 raise UserError(f'{key}={config[key]} is less than {least}')
+    if keep_last >= checkpoint.KEEP_LAST_LIMIT:
+        raise UserError(f'keep_last={keep_last} is not below {checkpoint.KEEP_LAST_LIMIT}; --keep_every keeps any number')
+    if 0 < max_spike <= 1:
+        raise UserError(f'max_spike={max_spike} would leave out half of all steps; choose 2 or more, or 0 for none')
     for key in ('momentum', 'beta1', 'beta2'):
         if not 0 <= config[key] < 1:
             raise UserError(f'{key}={config[key]} is not within 0 <= {key} < 1')
@@ -261,6 +308,18 @@ def largest_micro_batch():
     return n.item()
 
 
+def restore(loaded):
+    """Sets the loop to where a checkpoint stands, all but the weights: moments and counters, not hyper-parameters."""
+    global first_iter, first_tokens
+    parallel.load_moments(opt, loaded['optimizer'], fsdp)
+    if loaded['scaler'] and scaler.is_enabled():
+        scaler.load_state_dict(loaded['scaler'])
+    first_iter, first_tokens = loaded['iter'], loaded['tokens']
+    loop['done'] = first_iter
+    for state in (loop, numbers.state):
+        state |= {key: value for key, value in loaded['loop'].items() if key in state}
+
+
 def wrap(model):
     """The model for the gradient: under torchrun, gradients are averaged over the processes."""
     return parallel.ddp(model) if under_torchrun and not fsdp else model
@@ -281,41 +340,85 @@ def try_compile(raw_model):
     return model, ddp_model
 
 
-def start_wandb():
-    """The run at Weights & Biases; if it can't be reached the run is logged to a folder, for `wandb sync` later."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError('wandb_log=True needs wandb: pip install wandb') from None
-    about = dict(project=wandb_project, name=wandb_run_name or out_dir, config=config, dir=out_dir)
-    try:
-        return wandb.init(**about)
-    except wandb.Error as e:
-        say(f'wandb: cannot log in or reach it, logging offline into {out_dir} ({str(e).splitlines()[0][:100]})')
-        return wandb.init(**about, mode='offline')
+def open_log():
+    """log.jsonl, without what came after the step to go on from."""
+    path, goes_on = os.path.join(out_dir, 'log.jsonl'), resumes or loop['went_back']
+    return Log(path, say, first_iter if goes_on else None, evaluated=loop['done'] == first_iter)
 
 
-def open_log(first_iter):
-    """out_dir/log.jsonl, ready to append: on a resume without what came after the checkpoint."""
-    path, kept = os.path.join(out_dir, 'log.jsonl'), []
-    if init_from == 'resume' and os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            for line in f:  # a line cut off by a crash has no end; an evaluation comes before its checkpoint
-                if line.endswith('\n') and json.loads(line)['iter'] < first_iter + ('val_loss' in line):
-                    kept.append(line)
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        f.writelines(kept)
-    os.replace(path + '.tmp', path)
-    return open(path, 'a', encoding='utf-8', buffering=1)
-
-
-def log(**record):
-    """One line of log.jsonl, and the same for wandb."""
+def report(**record):
+    """A record for log.jsonl and, if wanted, Weights & Biases."""
     if rank == 0:
-        # JSON has no word for infinity, which a gradient's norm is where float16 overflows
-        log_file.write(json.dumps({k: None if v in (math.inf, -math.inf) or v != v else v for k, v in record.items()}) + '\n')
+        log.write(record)
         if wandb_run:
             wandb_run.log(record, step=record['iter'])
+
+
+def keep_bad_batch(it, wrong, micro_batches):
+    """Writes this process's windows of a step, as text, to out_dir/bad_batches; returns the path ('' beyond 100 of them)."""
+    folder = os.path.join(out_dir, 'bad_batches')
+    os.makedirs(folder, exist_ok=True)
+    if len(os.listdir(folder)) >= 100:
+        return 'no file, as there are 100 already'
+    text = f'step {it}, process {rank} of {world_size}: {wrong}\n'
+    for n, ids in enumerate(row for x, _ in micro_batches for row in x.tolist()):
+        source, window, _ = order.locate(it + loop['data_shift'], rank * share + n)
+        text += f'\n-------- {names[source]}, window {window}\n{tokenizer.decode(ids)}\n'
+    path = os.path.join(folder, f'step_{it}_process_{rank}.txt')
+    write_whole(path, text.encode('utf-8', 'replace'))
+    return path
+
+
+def go_back(it, why):
+    """
+    Sets the run to its last checkpoint, to go on with other data from there; returns that step. Raises UserError where it
+    did so before, or has no checkpoint.
+    """
+    global log, steps
+    def find_latest():
+        saver.wait()
+        return checkpoint.has_run(out_dir) and checkpoint.latest(out_dir, say)
+
+    bad_steps, path = numbers.state['bad_steps'], parallel.by_the_first(find_latest)
+    if loop['went_back'] or not path:
+        raise UserError(f'iter {it}: {why} ({bad_steps} steps were left out), and ' + (
+            'the run went back to a checkpoint once already' if path else 'there is no checkpoint to go back to') +
+            f'; look into {os.path.join(out_dir, "bad_batches")}, lower learning_rate, or lengthen warmup_iters')
+    loaded = checkpoint.load(path)
+    parallel.load_weights(raw_model, loaded['model'])
+    restore(loaded)
+    loop.update(data_shift=loop['data_shift'] + it + 1 - first_iter, went_back=True)
+    numbers.state.update(bad_steps=bad_steps, bad_in_row=0)
+    steps.close()
+    steps = read_ahead(load_step, range(first_iter, max_iters))
+    say(f'iter {it}: {why}; back to the checkpoint of step {first_iter}, and on with other data')
+    if rank == 0:
+        log.close()
+        log = open_log()
+        report(iter=first_iter, tokens=first_tokens, bad_steps=bad_steps, went_back_from=it)
+    save(first_iter)  # so that a resume goes on with the other data as well
+    return first_iter
+
+
+def save(it, improved=False):
+    """Has a checkpoint of step `it` written beside the training, from a copy. Every process calls it."""
+    weights = raw_model.state_dict()
+    if shape.tie_weights:  # one tensor under two names, also in the copy
+        del weights['lm_head.weight']
+    weights, moments = (parallel.copy_whole(state, here=rank == 0) for state in (weights, opt.state_dict()))
+    if rank == 0:
+        if shape.tie_weights:
+            weights['lm_head.weight'] = weights['wte.weight']
+        also = ['best.pt'] * improved + [f'ckpt_{it}.pt'] * bool(keep_every and it % keep_every == 0)
+        saver.save([os.path.join(out_dir, name) for name in also], model=weights, model_config=dataclasses.asdict(shape),
+                   tokenizer=tokenizer.state(), config=config | {'dtype': dtype, 'init_from': begun_from, 'mirror': ''},
+                   data=manifests, hardware=hardware, iter=it, tokens=tokens_seen(it), optimizer=moments,
+                   scaler=scaler.state_dict(), loop=loop | numbers.state, elapsed=elapsed + time.perf_counter() - started,
+                   best_val_loss=best_val_loss)
+
+
+def saved(it, also):
+    """Called when a checkpoint is on the disk."""
 
 
 def tokens_seen(it):
@@ -347,10 +450,14 @@ def evaluate():
     return figures
 
 
-def sample(model):
+def sample():
     """The continuation of `sample_prompt`, drawn with a generator of its own: training randomness stays untouched."""
-    if not all(p.isfinite().all() for p in model.parameters()):
-        return say('no sample: the weights are no finite numbers any more; lower learning_rate or lengthen warmup_iters')
+    model = raw_model
+    if fsdp:
+        weights = parallel.copy_whole(raw_model.state_dict(), here=rank == 0)
+        model = Transformer.from_weights(shape, weights).to(device) if rank == 0 else None
+    if rank > 0:
+        return
     model.eval()
     text, stream = sample_prompt, tokenizer.stream(begins=not sample_prompt)
     with autocast(device, dtype):
@@ -368,7 +475,7 @@ def load_step(it):
     batches = []
     for m in range(micro_steps):
         first = rank * share + m * micro_batch
-        x, y = map(torch.from_numpy, order.batch(it, range(first, first + micro_batch)))
+        x, y = map(torch.from_numpy, order.batch(it + loop['data_shift'], range(first, first + micro_batch)))
         batches.append((x.pin_memory(), y.pin_memory()) if device.startswith('cuda') else (x, y))
     return batches, sum(int((y >= 0).sum()) for _, y in batches)
 
@@ -377,14 +484,22 @@ def on_device(batch):
     return (part.to(device, non_blocking=device.startswith('cuda')) for part in batch)  # pinned, so it may be read later
 
 
-# ---- the run to go on with, if any
+# ---- processes, and the run to go on with, if any
 
 if stage != 'pretrain':
     raise UserError(f"stage='{stage}' is not there yet: this version knows pretrain only")
-if init_from == 'auto':
-    init_from = 'resume' if os.path.exists(os.path.join(out_dir, 'ckpt.pt')) else 'scratch'
-loaded, loaded_path = former_run()
+at_the_end = contextlib.ExitStack()
+atexit.register(at_the_end.close)
+device = pick_device(device, local_rank, world_size)
+if under_torchrun:
+    if backend == 'nccl' and device == 'cpu':
+        raise UserError("backend='nccl' serves CUDA only, and device is cpu; use --backend=auto")
+    backend = ('nccl' if device.startswith('cuda') else 'gloo') if backend == 'auto' else backend
+    parallel.start(backend, device)
+by_itself = init_from == 'auto'
+init_from, loaded_path = parallel.by_the_first(find_run)
 resumes = init_from == 'resume'
+loaded = checkpoint.load_any(loaded_path) if loaded_path else None
 branches = not resumes and loaded is not None and branches_off(loaded)
 goes_on = resumes or branches  # with the step, the optimizer and the data of a former run
 if loaded:
@@ -396,21 +511,15 @@ if branches:  # all that is left of it is decay, unless the command line says ot
     config |= {'lr_decay_iters': lr_decay_iters, 'wsd_decay_iters': wsd_decay_iters}
 check_settings()
 
-# ---- processes and device
+# ---- precision
 
-device = pick_device(device, local_rank, world_size)
 dtype = pick_dtype(dtype, device)
 fsdp = fsdp and under_torchrun  # a single process has it all
-if under_torchrun:
-    if backend == 'nccl' and device == 'cpu':
-        raise UserError("backend='nccl' serves CUDA only, and device is cpu; use --backend=auto")
-    backend = ('nccl' if device.startswith('cuda') else 'gloo') if backend == 'auto' else backend
-    if fsdp and (optimizer not in ('adamw', 'adam', 'sgd') or dtype == 'float16'):
-        raise UserError(f"fsdp=True serves adamw, adam and sgd in float32 or bfloat16, and here are '{optimizer}' and "
-                        f'{dtype}; leave fsdp out, or change them')
-    if fsdp and 'batch_size' in config.auto:
-        raise UserError('fsdp=True needs a number as batch_size, and it is auto: its processes cannot try sizes on their own')
-    dist.init_process_group(backend, device_id=torch.device(device) if device.startswith('cuda') else None)
+if fsdp and (optimizer not in ('adamw', 'adam', 'sgd') or dtype == 'float16'):
+    raise UserError(f"fsdp=True serves adamw, adam and sgd in float32 or bfloat16, and here are '{optimizer}' and "
+                    f'{dtype}; leave fsdp out, or change them')
+if fsdp and 'batch_size' in config.auto:
+    raise UserError('fsdp=True needs a number as batch_size, and it is auto: its processes cannot try sizes on their own')
 set_up(device)
 
 # ---- data
@@ -446,6 +555,13 @@ torch.manual_seed(seed)
 raw_model = Transformer(shape)  # the plain module, whose names checkpoints use
 raw_model.checkpoint_activations = checkpoint_activations
 first_iter, first_tokens, elapsed, best_val_loss = 0, 0, 0.0, math.inf
+numbers = Numbers(max_spike)
+loop = {  # what else a resumed run has to know
+    'done': -1,  # the step whose evaluation and samples are done: an interrupted run leaves them to the one that goes on
+    'data_shift': 0,  # step i reads the batch of step i + data_shift
+    'went_back': False,
+    'wandb_id': '',
+}
 begun_from, hardware = huggingface.public_name(init_from), f'{world_size} x {device_name(device)}'
 if loaded:
     if shape.pos == 'learned':
@@ -464,12 +580,10 @@ if goes_on:
     if former != optimizer:
         raise UserError(f"optimizer is '{optimizer}', but {loaded_path} was trained with '{former}', whose state is another; "
                         'leave it out')
-    # moments from the checkpoint, hyper-parameters from the settings
-    loaded['optimizer']['param_groups'] = opt.state_dict()['param_groups']
-    opt.load_state_dict(parallel.as_shards(loaded['optimizer'], opt) if fsdp else loaded['optimizer'])
-    if loaded['scaler'] and scaler.is_enabled():
-        scaler.load_state_dict(loaded['scaler'])
-    first_iter, first_tokens, elapsed, best_val_loss = (loaded[key] for key in ('iter', 'tokens', 'elapsed', 'best_val_loss'))
+    restore(loaded)
+    elapsed = loaded['elapsed']
+    best = checkpoint.peek(os.path.join(out_dir, 'best.pt')) or loaded  # which may be of a step to come
+    best_val_loss = min(loaded['best_val_loss'], best['best_val_loss'])
     begun_from = loaded['config']['init_from'] if resumes else begun_from
     machines = loaded['hardware'].split(', then ') if loaded['hardware'] else []
     hardware = ', then '.join(machines if machines[-1:] == [hardware] else [*machines, hardware])
@@ -486,28 +600,35 @@ model, ddp_model = try_compile(raw_model) if wants_compile else (raw_model, wrap
 
 # ---- the loop
 
-wandb_run = None
+wandb_run = saver = None
 if rank == 0:
-    os.makedirs(out_dir, exist_ok=True)
-    log_file = open_log(first_iter)
-    wandb_run = start_wandb() if wandb_log else None
+    if not os.path.isdir(out_dir):
+        lock_folder()
+    log = open_log()
+    if wandb_log:
+        loop['wandb_id'] = loop['wandb_id'] or new_id()
+        wandb_run = Wandb(wandb_project, wandb_run_name or out_dir, config, out_dir, loop['wandb_id'], say)
+    saver = checkpoint.Saver(os.path.join(out_dir, 'ckpt.pt'), keep_last, say, saved)
 peak = peak_flops(device)
 say(f'{raw_model.count_parameters():,} parameters; {max_iters:,} steps of {tokens_per_step:,} tokens (processes {world_size} x '
     f'micro-steps {micro_steps} x windows {micro_batch} x block_size {block_size}), {max_iters * tokens_per_step:,} in all, '
     f'{max(order.epochs(max_iters)):.2f} epochs')
 say(f'{device_name(device)}, {dtype}' + (', compiled' if model is not raw_model else '') +
     (f', resumed at iter {first_iter}' if resumes else '') + (f', branches off at iter {first_iter}' if branches else ''))
+interruption = Interruption(say, under_torchrun)
 steps = read_ahead(load_step, range(first_iter, max_iters))
 started = time.perf_counter()  # all times in seconds
 measured, measured_tokens = 0.0, 0  # what the next line of the log divides: training only, without what interrupts it
-for it in range(first_iter, max_iters + 1):
+it = first_iter
+while True:
 
     # 1. evaluate, save, sample; a resumed run did so before it stopped
     last = it == max_iters
-    evaluates = val_splits and (it % eval_interval == 0 or last)
-    saves = last or it > 0 and it % (checkpoint_interval or eval_interval) == 0
-    samples = it > 0 and sample_interval and (it % sample_interval == 0 or last)
-    if (evaluates or saves or samples) and not (goes_on and it == first_iter):
+    interrupted, late = parallel.total(interruption.signal, saver is not None and saver.is_late(checkpoint_minutes))
+    evaluates = val_splits and (it % eval_interval == 0 or last) and not interrupted
+    saves = last or it > 0 and it % (checkpoint_interval or eval_interval) == 0 or late or interrupted
+    samples = it > 0 and sample_interval and (it % sample_interval == 0 or last) and not interrupted
+    if (evaluates or saves or samples) and (loop['done'] != it or interrupted):
         waits = time.perf_counter()
         synchronize(device)
         measured += time.perf_counter() - waits
@@ -516,26 +637,18 @@ for it in range(first_iter, max_iters + 1):
             figures = evaluate()
             improved = figures['val_loss'] < best_val_loss and it > 0
             best_val_loss = figures['val_loss'] if improved else best_val_loss
-            log(iter=it, tokens=tokens_seen(it), **figures, time=elapsed + time.perf_counter() - started)
+            report(iter=it, tokens=tokens_seen(it), **figures, time=elapsed + time.perf_counter() - started)
             say(f'iter {it}: ' + ', '.join(f'{key} {value:.4f}' for key, value in figures.items()))
-        if saves or improved or samples:
-            model_state = parallel.whole(raw_model.state_dict(), here=rank == 0)
-            if shape.tie_weights:  # one tensor, also of shares
-                model_state['lm_head.weight'] = model_state['wte.weight']
+        if not interrupted:
+            loop['done'] = it
+        if (saves or improved or samples) and not parallel.all_finite(raw_model.parameters()):
+            it = go_back(it, 'the weights are no finite numbers any more')
+            continue
         if saves or improved:
-            optimizer_state = parallel.whole(opt.state_dict(), here=rank == 0)
-        if rank == 0 and (saves or improved):
-            also = ['best.pt'] * improved + [f'ckpt_{it}.pt'] * bool(keep_every and it % keep_every == 0)
-            checkpoint.save(os.path.join(out_dir, 'ckpt.pt'), [os.path.join(out_dir, name) for name in also],
-                            model=model_state, model_config=dataclasses.asdict(shape),
-                            tokenizer=tokenizer.state(), config=config | {'dtype': dtype, 'init_from': begun_from},
-                            data=manifests, hardware=hardware, iter=it, tokens=tokens_seen(it),
-                            optimizer=optimizer_state, scaler=scaler.state_dict(),
-                            elapsed=elapsed + time.perf_counter() - started, best_val_loss=best_val_loss)
-        if rank == 0 and samples:
-            sample(Transformer.from_weights(shape, model_state).to(device) if fsdp else raw_model)
-        model_state = optimizer_state = None  # copies of it all, with FSDP
-    if last:
+            save(it, improved)
+        if samples:
+            sample()
+    if last or interrupted:
         break
 
     # 2. gradient: the sum over the step's targets divided by their number, over all micro-steps and processes
@@ -546,49 +659,67 @@ for it in range(first_iter, max_iters + 1):
         dist.all_reduce(n_targets)
     loss = torch.zeros((), device=device)
     for m, batch in enumerate(micro_batches):
-        torch.manual_seed(hash_ints(seed, it, rank, m))  # of dropout
+        torch.manual_seed(hash_ints(seed, it + loop['data_shift'], rank, m))  # of dropout
         x, y = on_device(batch)
         with parallel.local_gradients(ddp_model, wait=m < micro_steps - 1), autocast(device, dtype):
             part = ddp_model(x, y, reduction='sum', criterion=criterion) * (world_size / n_targets.clamp(min=1))
         scaler.scale(part).backward()
         loss += part.detach()
-
-    # 3. step
     scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-    for group in opt.param_groups:
-        group['lr'] = lr_at(it)
-    scaler.step(opt)
+    if under_torchrun:
+        dist.all_reduce(loss)
+    loss, grad_norm = loss.item() / world_size, (grad_norm.full_tensor() if fsdp else grad_norm).item()  # waits for the device
+
+    # 3. step, unless its numbers are wrong: they are the same on all processes, and so is what is done
+    wrong = numbers.wrong(loss, grad_norm, scaler)
+    if not wrong:
+        for group in opt.param_groups:
+            group['lr'] = lr_at(it)
+        scaler.step(opt)
     scaler.update()
     opt.zero_grad(set_to_none=True)
+    numbers.count(loss, grad_norm, wrong)
 
     # 4. log
-    logs = it % log_interval == 0
-    if logs:
-        if under_torchrun:
-            dist.all_reduce(loss)
-        loss, grad_norm = loss.item() / world_size, parallel.whole(grad_norm).item()  # waits for the device
     measured += time.perf_counter() - step_started
     measured_tokens += tokens_per_step
-    if logs:
+    if wrong:
+        report(iter=it, tokens=tokens_seen(it + 1), bad_steps=numbers.state['bad_steps'], wrong=wrong)
+        say(f'iter {it}: step left out, {wrong}; its batch is in {keep_bad_batch(it, wrong, micro_batches)}')
+    elif it % log_interval == 0:
         tok_per_sec = measured_tokens / measured
         mfu = raw_model.flops_per_token() * tok_per_sec / (peak * world_size) if peak else None
         so_far = time.perf_counter() - started
         left = (max_iters - it - 1) * tokens_per_step / tok_per_sec
-        log(iter=it, tokens=tokens_seen(it + 1), loss=loss, lr=lr_at(it), grad_norm=grad_norm,
+        report(iter=it, tokens=tokens_seen(it + 1), loss=loss, lr=lr_at(it), grad_norm=grad_norm,
             tok_per_sec=tok_per_sec, mfu=mfu, time=elapsed + so_far)
         say(f'iter {it}/{max_iters}: loss {loss:.4f}, lr {lr_at(it):.2e}, norm {grad_norm:.2f}, {tok_per_sec:,.0f} tok/s, '
             f"mfu {f'{mfu:.1%}' if mfu else 'n/a'}, {int(left) // 60}:{int(left) % 60:02d} left")
         measured, measured_tokens = 0.0, 0
+    it = go_back(it, wrong) if numbers.state['bad_in_row'] >= max_bad_steps else it + 1
 
 # ---- the end
 
+problem = saver.wait() if saver else None
+if rank == 0 and not log.close():
+    problem = problem or f'{log.path} could not be written to its end'
 if wandb_run:
     wandb_run.finish()
-say(f'done: {max_iters} iters in {elapsed + time.perf_counter() - started:.0f} s' +
-    (f', best validation loss {best_val_loss:.4f}' if val_splits else '') +
-    f'. Now let it write:\n    python sample.py --out_dir={out_dir}')
+if problem:
+    raise UserError(f'{problem}; make room and go on with --init_from=resume')
+if interrupted:
+    code = 128 + (interruption.signal or signal.SIGTERM)  # another process may have had it
+    say(f'stopped at iter {it} and saved; --init_from=resume goes on')
+else:
+    code = 0
+    say(f'done: {max_iters} iters in {elapsed + time.perf_counter() - started:.0f} s' +
+        (f', best validation loss {best_val_loss:.4f}' if val_splits else '') +
+        f'. Now let it write:\n    python sample.py --out_dir={out_dir}')
 if under_torchrun:
     dist.barrier()  # the first process may still be saving and sampling
-    sys.stdout.flush()
-    os._exit(0)  # to take the process group down in good order aborts now and then, with gloo's threads still at work
+at_the_end.close()
+sys.stdout.flush()
+if under_torchrun:
+    os._exit(code)  # to take the process group down in good order aborts now and then, with gloo's threads still at work
+sys.exit(code)

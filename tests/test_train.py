@@ -117,7 +117,8 @@ def test_the_log_says_what_happened(place):
     assert steps[-1]['lr'] < 1e-2 and steps[2]['lr'] == pytest.approx(1e-2)
     best = min(evaluations, key=lambda r: r['val_loss'])
     assert checkpoint(out, 'best.pt')['iter'] == best['iter'] and f"{best['val_loss']:.4f}" in text
-    assert sorted(p.name for p in out.iterdir()) == ['best.pt', 'ckpt.pt', 'ckpt_20.pt', 'ckpt_40.pt', 'log.jsonl']
+    assert sorted(p.name for p in out.iterdir()) == ['best.pt', 'ckpt.1.pt', 'ckpt.pt', 'ckpt_20.pt', 'ckpt_40.pt',
+                                                    'log.jsonl']
     assert 'left' in text and 'python sample.py --out_dir=out/tiny' in text
 
 
@@ -204,7 +205,7 @@ def test_two_processes_equal_one_and_a_resume_is_exact_whatever_trains(place, ho
 
 def test_shares_of_the_weights_train_as_one_process_does(place):
     """FSDP on 2 and 4 processes; the checkpoints are everybody's."""
-    args = [*TINY, '--gradient_accumulation_steps=4', '--eval_iters=3']
+    args = [*TINY, '--gradient_accumulation_steps=4', '--eval_iters=3', '--learning_rate=1e-3']
     run('train.py', *args, '--out_dir=out/one', cwd=place)
     text, _ = run('train.py', *args, '--max_iters=10', '--lr_decay_iters=20', '--fsdp', '--sample_interval=10',
                   '--checkpoint_activations', '--out_dir=out/shares', cwd=place, torchrun=2)
