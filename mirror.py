@@ -55,8 +55,8 @@ class Folder:
                     raise ValueError
                 fsspec.get_filesystem_class(protocol)
             except ValueError:
-                raise UserError(f"mirror='{self.name}' is no URL that fsspec knows; write s3://bucket/folder, or file:///folder "
-                                'for a disk') from None
+                raise UserError(f"mirror='{self.name}' is no URL that fsspec knows; write s3://bucket/folder, or for a disk "
+                                'file:///folder') from None
             except ImportError as e:
                 raise UserError(f"mirror='{self.name}' needs a package that is not installed: {e}") from None
 
@@ -87,9 +87,11 @@ class Folder:
             return getattr(fs, method)(*args, **kwargs)
         except (FileNotFoundError, FileExistsError, NotImplementedError):
             raise
-        except Exception as e:
+        except FSTimeoutError:
+            raise TimeoutError(f'no answer within {limit:.0f} s') from None
+        except Exception:
             self.__dict__.pop('opened', None)  # a connection that broke may stay so: the next call makes another
-            raise TimeoutError(f'no answer within {limit:.0f} s') from e if isinstance(e, FSTimeoutError) else e
+            raise
 
     def list(self, kind):
         """[(step, 'pt' or 'jsonl')] of the files in last, best or kept, by step; names of any other form are not ours."""
@@ -116,7 +118,7 @@ class Folder:
             raise OSError(f'{name} has {there} bytes there and {size} here')
 
     def get(self, name, path):
-        """Copies a file from there to the disk. Raises UserError if the disk is full."""
+        """Copies a file from there to the disk, all of it. Raises UserError if the disk is full."""
         size = self.size(name)
         try:
             self.call('get_file', self.path(name), path, size=size)
@@ -223,7 +225,7 @@ class Mirror:
         self.there, self.keep_last, self.say = Folder(url), keep_last, say
         self.jobs, self.job = [], None  # those that wait, oldest first; the one of them that is under way
         self.outage, self.untidy = '', False  # why the mirror cannot be reached; whether old files cannot be removed
-        self.closing = self.stopped = False
+        self.closing = False
         self.pins = itertools.count()
         self.changed = threading.Condition()
         threading.Thread(target=self._work, name='mirror', daemon=True).start()
@@ -258,14 +260,13 @@ class Mirror:
             self.closing = True
             self.changed.notify_all()
             done = self.changed.wait_for(lambda: not self.jobs, seconds)
-            missing = ', '.join(str(job.iter) for job in self.jobs)
-            self.stopped, self.job = True, None
+            if not done:
+                self.say(f'mirror: step {", ".join(str(job.iter) for job in self.jobs)} did not get to {self.there.name} '
+                         f'({self.outage or f"not within {seconds:g} s"})')
+            self.say, self.job = lambda line: None, None  # whatever is under way is of no interest any more
             for job in self.jobs:
                 job.wants.clear()
             self._drop_done()
-        if not done:
-            self.say(f'mirror: step {missing} did not get to {self.there.name} '
-                     f'({self.outage or f"not within {seconds:g} s"})')
         return done
 
     def _drop_done(self):
@@ -275,43 +276,37 @@ class Mirror:
                 os.remove(job.pin)
 
     def _work(self):
-        pause = 1
+        pause = 0
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.jobs or self.closing)
-                if self.stopped or not self.jobs:
+                if not self.jobs:
                     return
                 job = self.job = self.jobs[-1]  # the newest first
                 kind = next(kind for kind in KINDS if kind in job.wants)
             try:
                 self._send(job, kind)
-                fails = False
+                done, pause = {kind}, 0
             except Exception as e:  # of any file system, for any reason: all are tried again
-                fails = True
+                done, pause = set(), min(2 * pause or 1, LONGEST_PAUSE)
                 self._fails(e)
             with self.changed:
                 self.job = None
-                if not fails:
-                    job.wants.discard(kind)
-                elif not os.path.exists(job.pin) and not self.stopped:
-                    self.say(f'mirror: step {job.iter} cannot be copied, {job.pin} was removed')
-                    job.wants.clear()
+                job.wants -= done
                 self._drop_done()
                 self.changed.notify_all()
-                if fails:
-                    self.changed.wait_for(lambda: self.closing, pause)
-            if fails and self.closing:
+                self.changed.wait_for(lambda: self.closing, pause)
+            if pause and self.closing:  # in a hurry now
                 time.sleep(1)
-            pause = min(2 * pause, LONGEST_PAUSE) if fails else 1
 
     def _fails(self, error):
         reason = self.there.reason(error)
-        if not self.outage and not self.stopped:
+        if not self.outage:
             self.say(f'mirror: {self.there.name} cannot be reached ({reason}); the run goes on and tries again')
         self.outage = reason
 
     def _send(self, job, kind):
-        """Copies one checkpoint to one place, then removes what it stands in for."""
+        """Copies one checkpoint to one place; the log, which it is of no use without, before it."""
         there, name, size = self.there, f'{kind}/{job.iter}.pt', os.path.getsize(job.pin)
         if kind == 'last':
             with open(job.log, 'rb') as f:
@@ -326,22 +321,24 @@ class Mirror:
         if not job.is_there:
             there.write(name, size, 'put_file', job.pin, there.path(name))
             job.is_there = kind == 'last'
-        if self.outage and not self.stopped:
+        if self.outage:
             self.say(f'mirror: {there.name} is there again, and has step {job.iter}')
         self.outage = ''
         if kind != 'kept':
             self._tidy(job, kind)
 
     def _tidy(self, job, kind):
+        """Removes what the checkpoint that was just copied stands in for."""
         try:
             listed = self.there.list(kind)
             # steps beyond this one are another run's, or this one's before it went back: not ours to judge
             steps = [step for step, ending in listed if ending == 'pt' and step <= job.iter]
+            oldest = steps[-(self.keep_last if kind == 'last' else 1):][0]
             for step, ending in listed:
-                if step < steps[-(self.keep_last if kind == 'last' else 1):][0]:
+                if step < oldest:
                     self.there.call('rm_file', self.there.path(f'{kind}/{step}.{ending}'))
             self.untidy = False
         except Exception as e:  # credentials that may write need not be allowed to remove
-            if not self.untidy and not self.stopped:
+            if not self.untidy:
                 self.say(f'mirror: older checkpoints in {self.there.name} cannot be removed ({self.there.reason(e)})')
             self.untidy = True
