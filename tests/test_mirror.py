@@ -204,8 +204,8 @@ def test_no_checkpoint_goes_before_the_one_that_replaces_it_is_there(training, t
     def recorded(self, method, *args, **kwargs):
         result = call(self, method, *args, **kwargs)
         if method in ('put_file', 'cp_file', 'pipe_file', 'rm_file'):
-            path = args[-1] if method in ('put_file', 'cp_file') else args[0]
-            calls.append((method == 'rm_file', path.partition('/copy/')[2]))
+            path = args[0] if method in ('pipe_file', 'rm_file') else args[1]
+            calls.append((method, path.partition('/copy/')[2]))
         return result
 
     monkeypatch.setattr(mirror.Folder, 'call', recorded)
@@ -213,9 +213,69 @@ def test_no_checkpoint_goes_before_the_one_that_replaces_it_is_there(training, t
     for step in (1, 2):
         a_run.save(step, best=True)
         a_run.settle()
-    removed = True
-    order = [(removed, 'last/1.jsonl'), (removed, 'last/1.pt'), (not removed, 'best/2.pt'), (removed, 'best/1.pt')]
-    assert calls[-7:] == [(not removed, 'settings.json'), (not removed, 'last/2.jsonl'), (not removed, 'last/2.pt'), *order]
+    assert calls[-7:] == [
+        ('pipe_file', 'settings.json'), ('pipe_file', 'last/2.jsonl'), ('put_file', 'last/2.pt'),
+        ('rm_file', 'last/1.jsonl'), ('rm_file', 'last/1.pt'),
+        ('cp_file', 'best/2.pt'), ('rm_file', 'best/1.pt')]  # what is there already does not travel again
+
+
+@pytest.mark.parametrize('error', [NotImplementedError, OSError('a copy within the server fails')])
+def test_a_server_that_cannot_copy_within_itself_gets_the_file_again(training, tmp_path, monkeypatch, error):
+    call = mirror.Folder.call
+
+    def cannot(self, method, *args, **kwargs):
+        if method == 'cp_file':
+            raise error
+        return call(self, method, *args, **kwargs)
+
+    monkeypatch.setattr(mirror.Folder, 'call', cannot)
+    a_run = training(f'file://{tmp_path}/copy')
+    a_run.save(1, best=True)
+    assert a_run.mirror.close(20)
+    assert listing(f'file://{tmp_path}/copy')['best/1.pt'] == a_run.bytes[1][0]
+
+
+def test_a_short_copy_is_made_again_and_so_is_a_connection_that_broke(training, tmp_path):
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+    faults = ['short', 'breaks']
+
+    class Fragile(MemoryFileSystem):
+        protocol, broken = 'fragile', False
+
+        def put_file(self, lpath, rpath, **kwargs):
+            fault = faults.pop(0) if faults else ''
+            self.broken |= fault == 'breaks'
+            if self.broken:
+                raise ConnectionError('broken pipe')
+            super().put_file(lpath, rpath, **kwargs)
+            if fault == 'short':
+                self.pipe_file(rpath, self.cat_file(rpath)[:-1])
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return MemoryFileSystem._strip_protocol(path.replace('fragile://', 'memory://'))
+
+    fsspec.register_implementation('fragile', Fragile, clobber=True)
+    a_run = training(f'fragile://{tmp_path.name}')
+    a_run.save(1)
+    a_run.settle()
+    assert faults == [] and len(a_run.said) == 2
+    assert 'cannot be reached (OSError: last/1.pt has' in a_run.said[0] and 'there again' in a_run.said[1]
+    assert listing(f'fragile://{tmp_path.name}')['last/1.pt'] == a_run.bytes[1][0]
+
+
+def test_a_disk_that_is_mounted_later_gets_the_checkpoint_with_its_log_of_then(training, tmp_path):
+    a_run = training(f'file://{tmp_path}/mount/copy')
+    a_run.save(1)
+    wait_for(lambda: a_run.said)
+    with open(a_run.folder / 'log.jsonl', 'a') as f:
+        f.write('the run goes on\n')
+    assert not (tmp_path / 'mount').exists(), 'a folder in place of the disk would fill the wrong one'
+    (tmp_path / 'mount').mkdir()
+    assert a_run.mirror.close(20)
+    there = listing(f'file://{tmp_path}/mount/copy')
+    assert (there['last/1.pt'], there['last/1.jsonl']) == a_run.bytes[1]
 
 
 def test_the_file_is_copied_as_it_was_though_the_run_goes_on(training, tmp_path, monkeypatch):
@@ -228,11 +288,8 @@ def test_the_file_is_copied_as_it_was_though_the_run_goes_on(training, tmp_path,
         return call(self, method, *args, **kwargs)
 
     monkeypatch.setattr(mirror.Folder, 'call', slow)
-    (tmp_path / 'out').mkdir()
-    (tmp_path / 'out' / 'ckpt.pt.mirror7').write_text('left over by a process that was killed')
-    (tmp_path / 'out').rename(tmp_path / 'former')
     a_run = training(f'file://{tmp_path}/copy', keep_last=9)
-    (tmp_path / 'former' / 'ckpt.pt.mirror7').rename(a_run.folder / 'ckpt.pt.mirror7')
+    (a_run.folder / 'ckpt.pt.mirror7').write_text('left over by a process that was killed')
     a_run.save(1)
     assert begun.wait(20) and a_run.pins() == ['ckpt.pt.mirror0']
     a_run.save(2)  # waits, until 3 takes its place
@@ -283,8 +340,9 @@ def test_a_mirror_out_of_reach_is_one_line_within_seconds(s3, tmp_path, impatien
     assert not (tmp_path / 'bare').exists()
 
 
-def test_no_bucket_is_made_for_a_mistyped_name(s3, training):
-    a_run = training('s3://rnus/tiny')
+@pytest.mark.parametrize('url', ['s3://rnus/tiny', 's3://rnus'])
+def test_no_bucket_is_made_for_a_mistyped_name(s3, training, url):
+    a_run = training(url)
     a_run.save(1)
     wait_for(lambda: a_run.said)
     assert 'bucket does not exist' in a_run.said[0]
@@ -297,9 +355,9 @@ def test_a_wrong_url_is_one_line(monkeypatch):
                        ('s4://host/run?token=abc', r"'s4://host/run\?\*\*\*'")):
         with pytest.raises(UserError, match=words):
             mirror.Mirror(url, 1, print)
-    import fsspec.registry
-    monkeypatch.setitem(fsspec.registry.known_implementations, 'far',
-                        {'class': 'no_such_package.FarFileSystem', 'err': 'Install no_such_package to go far'})
+    from fsspec.registry import known_implementations
+    monkeypatch.setitem(known_implementations, 'far', {'class': 'no_such_package.FarFileSystem',
+                                                       'err': 'Install no_such_package to go far'})
     with pytest.raises(UserError, match=r"mirror='far://run' needs a package that is not installed: Install no_such_package"):
         mirror.latest_step('far://run')
 
