@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import fsspec
 from fsspec.asyn import sync
+from fsspec.core import url_to_fs
 from fsspec.exceptions import FSTimeoutError
 
 import files
@@ -62,7 +63,7 @@ class Folder:
 
     @functools.cached_property
     def opened(self):
-        fs, root = fsspec.url_to_fs(self.url, skip_instance_cache=True)
+        fs, root = url_to_fs(self.url, skip_instance_cache=True)
         return fs, root.rstrip('/')
 
     def path(self, name):

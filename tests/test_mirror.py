@@ -302,6 +302,22 @@ def test_the_file_is_copied_as_it_was_though_the_run_goes_on(training, tmp_path,
     assert (there['last/1.pt'], there['last/1.jsonl']) == a_run.bytes[1]
 
 
+def test_a_file_system_that_hangs_for_good_is_said(training, tmp_path, monkeypatch):
+    from fsspec.implementations.local import LocalFileSystem
+    go_on = threading.Event()
+    monkeypatch.setattr(mirror, 'LIMIT', 0.05)
+    monkeypatch.setattr(LocalFileSystem, 'pipe_file', lambda *args, **kwargs: go_on.wait(20))  # cannot be interrupted
+    a_run = training(f'file://{tmp_path}/copy')
+    a_run.save(1)
+    time.sleep(0.5)
+    assert a_run.said == []
+    a_run.save(2)
+    assert len(a_run.said) == 1 and 'no answer' in a_run.said[0] and a_run.longest < 0.1
+    assert not a_run.mirror.close(0.2)
+    assert len(a_run.said) == 2 and 'step 1, 2 did not get' in a_run.said[1]
+    go_on.set()
+
+
 def test_credentials_that_may_not_remove_are_enough_to_copy(training, tmp_path, monkeypatch):
     from fsspec.implementations.local import LocalFileSystem
 
