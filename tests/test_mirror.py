@@ -131,7 +131,7 @@ def test_a_server_that_dies_and_comes_back_costs_two_lines_and_no_copy(s3, train
         a_run.save(step, **kinds)
         if step == 2:
             wait_for(lambda: a_run.said)
-    assert a_run.longest < 0.1, f'a copy took {a_run.longest:.3f} s of the run'
+    assert a_run.longest < 0.5, f'a copy took {a_run.longest:.3f} s of the run'
     time.sleep(2)  # several tries
     assert len(a_run.said) == 1 and 'cannot be reached' in a_run.said[0] and 's3://runs/tiny' in a_run.said[0]
     assert len(a_run.pins()) == 3, 'the newest, the best and the one to keep'
@@ -144,33 +144,46 @@ def test_a_server_that_dies_and_comes_back_costs_two_lines_and_no_copy(s3, train
     assert a_run.pins() == []
 
 
-def test_a_server_that_does_not_answer_holds_nothing_up(s3, training, impatient):
+def test_a_server_that_does_not_answer_holds_nothing_up(s3, training, impatient, monkeypatch):
     a_run = training(s3.url)
     s3.process.send_signal(signal.SIGSTOP)  # it accepts, and says nothing
     for step in (1, 2, 3):
         a_run.save(step)
         time.sleep(1)
-    assert a_run.longest < 0.1
+    assert a_run.longest < 0.5
     assert len(a_run.said) == 1 and 'no answer' in a_run.said[0]
     begun = time.monotonic()
     with pytest.raises(UserError, match='cannot be reached .*no answer.*--mirror'):
         mirror.latest_step(s3.url)
-    assert time.monotonic() - begun < 8
+    assert time.monotonic() - begun < 15
     s3.process.send_signal(signal.SIGCONT)
+    monkeypatch.setattr(mirror, 'LIMIT', 20)
     assert a_run.mirror.close(20)
     assert sorted(listing(s3.url)) == ['last/3.jsonl', 'last/3.pt', 'settings.json']
 
 
-def test_a_copy_cut_short_leaves_the_one_before(s3, training, tmp_path, impatient):
+def test_a_copy_cut_short_leaves_the_one_before(s3, training, tmp_path, monkeypatch):
     import torch
+    call, sent = mirror.Folder.call, []
+
+    def cut(self, method, *args, **kwargs):
+        if method == 'put_file':
+            s3.process.send_signal(signal.SIGSTOP)  # the first bytes go, the rest never does
+            sent.append(args)
+        return call(self, method, *args, **kwargs)
+
     a_run = training(s3.url)
     a_run.save(1)
     a_run.settle()
     a_run.loaded['model']['ballast'] = torch.zeros(2**23)  # 32 MB, more than a socket takes unread
-    s3.process.send_signal(signal.SIGSTOP)
-    a_run.save(2)
-    time.sleep(0.5)
-    assert not a_run.mirror.close(2)
+    with monkeypatch.context() as m:
+        m.setattr(mirror.Folder, 'call', cut)
+        m.setattr(mirror, 'LIMIT', 2)
+        m.setattr(mirror, 'SLOWEST', 2**40)
+        a_run.save(2)
+        wait_for(lambda: a_run.said)
+        assert sent and 'no answer within 2 s' in a_run.said[0]
+        assert not a_run.mirror.close(0)
     assert 'step 2 did not get to s3://runs/tiny' in a_run.said[-1] and a_run.pins() == []
     s3.process.send_signal(signal.SIGCONT)
     assert fetch(s3.url, tmp_path / 'bare')[0] == 1
@@ -312,7 +325,7 @@ def test_a_file_system_that_hangs_for_good_is_said(training, tmp_path, monkeypat
     time.sleep(0.5)
     assert a_run.said == []
     a_run.save(2)
-    assert len(a_run.said) == 1 and 'no answer' in a_run.said[0] and a_run.longest < 0.1
+    assert len(a_run.said) == 1 and 'no answer' in a_run.said[0] and a_run.longest < 0.5
     assert not a_run.mirror.close(0.2)
     assert len(a_run.said) == 2 and 'step 1, 2 did not get' in a_run.said[1]
     go_on.set()
@@ -341,7 +354,8 @@ def test_a_run_that_goes_back_leaves_later_steps_alone(training, tmp_path):
     assert {name for name in listing(f'file://{tmp_path}/copy') if name.endswith('.pt')} == {'last/3.pt', 'last/9.pt'}
 
 
-def test_a_mirror_out_of_reach_is_one_line_within_seconds(s3, tmp_path, impatient):
+def test_a_mirror_out_of_reach_is_one_line_within_seconds(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(mirror, 'PATIENCE', 1)
     url = 's3://absent/tiny'
     for ask in (lambda: mirror.latest_step(url), lambda: fetch(url, tmp_path / 'bare')):
         with pytest.raises(UserError, match='absent/tiny.*bucket does not exist'):
