@@ -3,8 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -100,3 +103,46 @@ def place(tmp_path, prepared):
     """An empty folder to run in, with the prepared data in reach."""
     (tmp_path / 'data').symlink_to(prepared / 'data')
     return tmp_path
+
+
+class S3:
+    """A real S3 server on loopback, with a bucket for `url`. It keeps all in memory: what is started again is empty."""
+
+    def __init__(self):
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            self.port = s.getsockname()[1]
+        self.url, self.process = 's3://runs/tiny', None
+        self.env = {'AWS_ENDPOINT_URL': f'http://127.0.0.1:{self.port}', 'AWS_ACCESS_KEY_ID': 'key',
+                    'AWS_SECRET_ACCESS_KEY': 'secret', 'AWS_DEFAULT_REGION': 'us-east-1', 'AWS_CONFIG_FILE': os.devnull,
+                    'AWS_SHARED_CREDENTIALS_FILE': os.devnull, 'AWS_MAX_ATTEMPTS': '1', 'NO_PROXY': '127.0.0.1'}
+
+    def start(self, bucket=True):
+        self.process = subprocess.Popen([sys.executable, '-m', 'moto.server', '-H', '127.0.0.1', '-p', str(self.port)],
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for _ in range(300):
+            try:
+                socket.create_connection(('127.0.0.1', self.port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        if bucket:
+            request = urllib.request.Request(f'http://127.0.0.1:{self.port}/runs', method='PUT')
+            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """An S3 server that runs; its `env` is in the environment, `url` is a mirror."""
+    pytest.importorskip('s3fs')
+    pytest.importorskip('moto.server', reason='needs moto[server]')
+    server = S3()
+    for name, value in server.env.items():
+        monkeypatch.setenv(name, value)
+    server.start()
+    yield server
+    server.kill()
