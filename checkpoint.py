@@ -142,8 +142,10 @@ def load_model(name):
     checkpoint = load_any(name)
     config = model_config(checkpoint, name)
     check_weights(config, checkpoint, name)
+    tokenizer = tokenizer_from_state(checkpoint['tokenizer'])
+    huggingface.check_tokenizer(tokenizer, config, name)
     model = Transformer.from_weights(config, checkpoint.pop('model'))
-    return model.eval(), tokenizer_from_state(checkpoint['tokenizer']), checkpoint
+    return model.eval(), tokenizer, checkpoint
 
 
 def step_of(path):

@@ -57,7 +57,7 @@ def read_meta(name):
         outside = [file for file in inside if type(file) is not str or not re.fullmatch(r'\w[\w.-]*', file)]
         if outside:
             raise ValueError(f'{outside[0]!r:.80} names no file of its folder')
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f'{path} is not a manifest ({type(e).__name__}: {e}); prepare the data again') from None
     most = {'uint16': 2**16, 'uint32': 2**24}.get(meta['dtype'], 0)  # ids; 2**24 is far beyond any tokenizer
     if not 0 < meta['vocab_size'] <= most:
