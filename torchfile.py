@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-OPCODES = 2**22  # in a pickle, at most; the checkpoint of a GPT-2 XL has 60 thousand, and each may make a few hundred bytes
+OPCODES = 2**20  # in a pickle, at most; the checkpoint of a GPT-2 XL has 50 thousand, and each makes a hundred bytes or so
 DEPTH = 16  # dictionaries and lists within each other, at most; ours are 6 deep
 RECORDS = r'[^/]+/(data\.pkl|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d+)'
 DTYPES = {f'torch {kind}Storage': dtype for kind, dtype in (
