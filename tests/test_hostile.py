@@ -380,6 +380,23 @@ def test_a_checkpoint_with_another_value(tmp_path_factory, where, value):
     refusal(checkpoint.verify, path)
 
 
+@pytest.mark.parametrize('where, value, words', [
+    (('config', 'batch_size'), [2], 'its config is not what'), (('config', 'dataset'), None, 'its config is not what'),
+    (('data', 'x', 'files'), [], 'its data is not what'), (('data', 'x', 'source'), 1, 'its data is not what'),
+    (('data', 'x', 'files', 'train.bin', 'tokens'), 'many', 'its data is not what'), (('iter',), -1, 'its iter is not what'),
+    (('iter',), True, 'it lacks iter'), (('tokens',), -1, 'its tokens is not what'), (('elapsed',), 'x', 'it lacks elapsed'),
+    (('optimizer',), {}, 'its optimizer is not what')])
+def test_what_scripts_read_of_a_checkpoint_has_its_type(tmp_path, where, value, words):
+    torch.save(put(GOOD, where, value), tmp_path / 'x.pt')
+    assert words in refusal(checkpoint.load, str(tmp_path / 'x.pt'))
+
+
+@pytest.mark.parametrize('pkl', [b'}X\x01\x00\x00\x00actorch\nFloatStorage\ns.', b']ccollections\nOrderedDict\na.'])
+def test_a_function_is_no_value(tmp_path, pkl):
+    craft(tmp_path / 'x.pt', pkl=b'\x80\x02' + pkl)
+    assert 'parts of a tensor' in refusal(checkpoint.load, str(tmp_path / 'x.pt'))
+
+
 @given(st.sampled_from(sorted(dataclasses.asdict(SHAPE))), VALUES)
 @example('n_embd', 4.0)
 @example('n_layer', True)
