@@ -13,21 +13,21 @@ The one door for checkpoints. A checkpoint is a plain dictionary of tensors, num
 In a run's folder `ckpt.pt` is the latest, `ckpt.1.pt` the one before, and so on; `best.pt` is the best by validation loss, and
 `ckpt_<iter>.pt` are those kept for good. All are written whole or not at all (files.py).
 
-Loading runs with `weights_only=True`: nothing in a file is ever executed.
+Nothing in a file is ever executed, its checksums must fit, and what it says of itself is checked before it is believed: the
+reader is torchfile.py.
 """
 
 import concurrent.futures
 import json
 import math
 import os
-import pickle
 import sys
 import time
-import zipfile
 
 import torch
 
 import huggingface
+import torchfile
 from configurator import UserError
 from files import another_name, sync_folder, whole
 from model import ModelConfig, Transformer
@@ -111,32 +111,65 @@ class Saver:
 
 def load(path):
     """The checkpoint at `path`, its tensors on the CPU. Raises UserError where there is none, or none that is ours."""
-    if not os.path.isfile(path):
-        raise UserError(f'{path}: there is no checkpoint; train a model first, or name the file of another')
-    if not zipfile.is_zipfile(path):  # what torch.save writes is one, and its directory stands at the very end
-        raise UserError(f'{path} is not a checkpoint: the file is damaged or of another kind')
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f'{path} is not a checkpoint: it holds more than plain data, which is never loaded') from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError):
-        raise UserError(f'{path} is not a checkpoint: the file is damaged') from None
-    found = checkpoint if isinstance(checkpoint, dict) else {}
-    found.setdefault('hardware', '')  # former versions knew neither this nor the tokens nor the manifests
-    found.setdefault('loop', {})
-    if isinstance(found.get('config'), dict) and isinstance(found.get('iter'), int):
-        found.setdefault('tokens', found['iter'] * math.prod(found['config'].get(key, 0) for key in (
-            'batch_size', 'gradient_accumulation_steps', 'block_size')))
-    if isinstance(found.get('data'), dict) and not all('files' in manifest for manifest in found['data'].values()):
-        found['data'] = {}
-    missing = [key for key, kind in KEYS.items() if not isinstance(found.get(key), kind)]
-    if missing:
-        raise UserError(f'{path} is not a checkpoint of sourdough: it lacks {", ".join(missing)}')
-    return checkpoint
+    return _read(path)
 
 
 def verify(path):
-    load(path)
+    """
+    The same with tensors that have a shape and no content, so that it takes no memory; all of the file is read all the same.
+    Raises UserError unless `load` would succeed and the weights have the shape that the file says. Whether they are finite
+    numbers is not known then.
+    """
+    checkpoint = _read(path, tensors=False)
+    model_config(checkpoint, path)
+    return checkpoint
+
+
+def _read(path, **how):
+    if not os.path.isfile(path):
+        raise UserError(f'{path}: there is no checkpoint; train a model first, or name the file of another')
+    try:
+        found = torchfile.read(path, **how)
+    except torchfile.NotPlain as e:
+        raise UserError(f'{path} is not a checkpoint: it holds more than plain data, which is never loaded ({e})') from None
+    except torchfile.BadChecksum:
+        raise UserError(f'{path} is damaged: its checksum does not fit; go back to an earlier checkpoint') from None
+    except torchfile.Damaged as e:
+        raise UserError(f'{path} is not a checkpoint: the file is damaged or of another kind ({e})') from None
+    except OSError as e:
+        raise UserError(f'{path} cannot be read ({e.strerror or e})') from None
+    found = found if type(found) is dict else {}
+    config = found.get('config')
+    found.setdefault('hardware', '')  # former versions knew neither this nor the tokens nor the manifests
+    found.setdefault('loop', {})
+    if _plain(config) and type(found.get('iter')) is int:
+        sizes = [config.get(key, 0) for key in ('batch_size', 'gradient_accumulation_steps', 'block_size')]
+        found.setdefault('tokens', found['iter'] * math.prod(sizes) if all(type(n) is int for n in sizes) else None)
+    data = found.get('data')
+    if type(data) is dict and not all(type(manifest) is dict and 'files' in manifest for manifest in data.values()):
+        found['data'] = {}
+    missing = [key for key, kind in KEYS.items() if type(found.get(key)) is not kind]
+    if missing:
+        raise UserError(f'{path} is not a checkpoint of sourdough: it lacks {", ".join(missing)}')
+    wrong = [key for key, right in (
+        ('config', _plain(config)), ('loop', _plain(found['loop'])), ('data', all(map(_manifest, found['data'].values()))),
+        ('optimizer', type(found['optimizer'].get('state')) is dict), ('iter', found['iter'] >= 0),
+        ('tokens', found['tokens'] >= 0)) if not right]
+    if wrong:
+        raise UserError(f'{path} is not a checkpoint of sourdough: its {wrong[0]} is not what train.py writes')
+    return found
+
+
+def _plain(settings):
+    return type(settings) is dict and all(type(key) is str and type(value) in (bool, int, float, str)
+                                          for key, value in settings.items())
+
+
+def _manifest(found):
+    """Whether this is what Split.manifest is."""
+    return type(found['files']) is dict and all(type(found.get(key)) is str for key in ('note', 'source')) and all(
+        type(entry) is dict and type(entry.get('sha256')) is str and
+        all(type(entry.get(key)) is int for key in ('tokens', 'documents', 'bytes')) for entry in found['files'].values())
 
 
 def latest(out_dir, say):
@@ -179,15 +212,17 @@ def load_model(name):
     checkpoint = load_any(name)
     config = model_config(checkpoint, name)
     check_weights(config, checkpoint, name)
+    tokenizer = tokenizer_from_state(checkpoint['tokenizer'])
+    huggingface.check_tokenizer(tokenizer, config, name)
     model = Transformer.from_weights(config, checkpoint.pop('model'))
-    return model.eval(), tokenizer_from_state(checkpoint['tokenizer']), checkpoint
+    return model.eval(), tokenizer, checkpoint
 
 
 def peek(path):
     """A checkpoint without its weights' content; None where there is none of ours, which loading it will explain."""
     try:
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except Exception:  # whatever else it is
+        return _read(path, tensors=False, checksums=False)
+    except UserError:
         return None
 
 
@@ -196,39 +231,52 @@ def step_of(path):
 
 
 def read_log(out_dir, last_iter):
-    """The records of a run's log.jsonl up to a step; none where there is no log."""
+    """The records of a run's log.jsonl up to a step, what is a number in them; none where there is no log."""
     path = os.path.join(out_dir, 'log.jsonl')
     if not os.path.isfile(path):
         return []
     try:
         with open(path, encoding='utf-8') as f:
             records = [json.loads(line) for line in f if line.endswith('\n')]  # a crash may have cut the last
-    except ValueError as e:
+        records = [{key: value for key, value in record.items() if type(value) in (int, float)} for record in records]
+        return [record for record in records if record['iter'] <= last_iter]
+    except KeyError:
+        raise UserError(f'{path} is damaged (a line has no iter); move it away to go on without it') from None
+    except (OSError, ValueError, AttributeError, RecursionError) as e:
         raise UserError(f'{path} is damaged ({e}); move it away to go on without it') from None
-    return [record for record in records if record['iter'] <= last_iter]
 
 
 def model_config(checkpoint, path):
-    """The shape of a checkpoint's model. Raises UserError if that is no shape."""
+    """The shape of a checkpoint's model. Raises UserError if that is no shape, or not that of its weights."""
     try:
-        return ModelConfig(**checkpoint['model_config'])
+        config = ModelConfig(**checkpoint['model_config'])
     except (TypeError, ValueError) as e:
         raise UserError(f'{path} is not a checkpoint of sourdough: its model_config is no shape ({e})') from None
+    _check_shapes(config, checkpoint, path)
+    return config
 
 
 def check_weights(config, checkpoint, path):
     """Raises UserError where a checkpoint's weights do not fit a shape or are not finite."""
-    with torch.device('meta'):
-        ours, theirs = Transformer(config).state_dict(), checkpoint['model']
-    wrong = [f'{name} is {_shape(theirs, name)} there and {_shape(ours, name)} here'
-             for name in sorted(ours.keys() | theirs.keys()) if _shape(ours, name) != _shape(theirs, name)]
-    if wrong:
-        more = f', and {len(wrong) - 1} more tensors differ' if len(wrong) > 1 else ''
-        raise UserError(f'{path} holds a model of another shape: {wrong[0]}{more}')
-    broken = [name for name, p in theirs.items() if not p.isfinite().all()]
+    _check_shapes(config, checkpoint, path)
+    broken = [name for name, p in checkpoint['model'].items() if not p.isfinite().all()]
     if broken:
         raise UserError(f'{path} holds weights that are not finite numbers ({broken[0]}); go back to an earlier checkpoint')
 
 
+def _check_shapes(config, checkpoint, path):
+    theirs = checkpoint['model']
+    if config.n_layer > len(theirs):  # before so many are made to compare
+        raise UserError(f'{path} holds a model of another shape: n_layer is {config.n_layer}, and it has {len(theirs)} tensors')
+    with torch.device('meta'):
+        ours = Transformer(config).state_dict()
+    wrong = [f'{name} is {_shape(theirs, name)} there and {_shape(ours, name)} here'
+             for name in sorted(ours.keys() | theirs.keys(), key=str) if _shape(ours, name) != _shape(theirs, name)]
+    if wrong:
+        more = f', and {len(wrong) - 1} more tensors differ' if len(wrong) > 1 else ''
+        raise UserError(f'{path} holds a model of another shape: {wrong[0]}{more}')
+
+
 def _shape(state, name):
-    return tuple(state[name].shape) if isinstance(state.get(name), torch.Tensor) else 'absent'
+    there = isinstance(state.get(name), torch.Tensor) and state[name].is_floating_point()
+    return tuple(state[name].shape) if there else 'absent'

@@ -31,6 +31,11 @@ AUTO = ['auto']  # the choices of a number that may be 'auto'
 class UserError(Exception):
     """A mistake the user can mend. `configure` has it shown as one line, without a traceback, and with exit code 2."""
 
+    def __str__(self):  # one line whatever a broken file has put into it, and nothing that a terminal would obey
+        text = super().__str__()
+        text = text if len(text) <= 2000 else text[:1000] + ' ... ' + text[-500:]
+        return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
 
 class Config(dict):
     """The resolved settings, name → value. `source[name]` says where each came from: default, a file, command line."""
@@ -119,7 +124,7 @@ def _parse(key, text, equals, config, choices):
         return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, OverflowError):
         return text  # words for a number: `_set` says what it wants instead
 
 
@@ -140,11 +145,13 @@ def _set(config, key, value, source, choices):
             near = difflib.get_close_matches(str(value), map(str, allowed), 1, 0.6)
             hint = f'; did you mean {near[0]}?' if near else ''
             raise UserError(f'{key}={value!r} ({source}): choose one of {", ".join(map(str, allowed))}{hint}')
-    elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+    elif isinstance(default, float) and type(value) is int and abs(value) < 2**64:
         value = float(value)
     elif type(value) is not type(default):
         kind = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[type(default)]
         raise UserError(f'{key}={value!r} ({source}): expected {kind}, such as {default!r}')
+    if type(value) in (int, float) and not abs(value) < 2**64:  # no number at all, infinite, or beyond what a machine can hold
+        raise UserError(f'{key}={value!r} ({source}): expected a number within -2**64 and 2**64, such as {default!r}')
     config[key] = value
     config.source[key] = source
 

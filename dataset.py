@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import re
+import threading
 import urllib.parse
 
 import numpy as np
@@ -41,45 +42,96 @@ def read_meta(name):
     try:
         with open(path, encoding='utf-8') as f:
             meta = json.load(f)
-        for key in ('dtype', 'vocab_size', 'eot_id', 'tokenizer', 'files'):
-            meta[key]
-        for entry in meta['files'].values():
-            if not all(isinstance(entry[key], int) for key in ('tokens', 'documents', 'bytes', 'max_id')):
-                raise TypeError('counts are whole numbers')
-            entry['sha256']
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        for key, kind in (('dtype', str), ('vocab_size', int), ('eot_id', int), ('tokenizer', dict), ('files', dict)):
+            if type(meta[key]) is not kind:
+                raise TypeError(f'{key} is no {kind.__name__}')
+        entries = meta['files'].values()
+        texts = [meta['tokenizer']['name'], meta['tokenizer']['fingerprint'], meta.get('note', ''), *(
+            entry['sha256'] for entry in entries)]
+        if not all(type(text) is str for text in texts):
+            raise TypeError('names, notes and checksums are text')
+        counts = [entry[key] for entry in entries for key in ('tokens', 'documents', 'bytes', 'max_id')]
+        if not all(type(n) is int and 0 <= n < 2**53 for n in [*counts, *meta.get('left_out', {}).values()]):
+            raise TypeError('counts are whole numbers')
+        inside = [meta['tokenizer'].get('file', 'x'), *meta['files'], *(entry.get('mask', 'x') for entry in entries)]
+        outside = [file for file in inside if type(file) is not str or not re.fullmatch(r'\w[\w.-]*', file)]
+        if outside:
+            raise ValueError(f'{outside[0]!r:.80} names no file of its folder')
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f'{path} is not a manifest ({type(e).__name__}: {e}); prepare the data again') from None
-    if meta['dtype'] not in ('uint16', 'uint32') or not isinstance(meta['vocab_size'], int):
-        raise UserError(f"{path}: dtype {meta['dtype']!r} with vocab_size {meta['vocab_size']!r} is not uint16 or uint32 "
-                        'with a whole number; prepare the data again')
+    most = {'uint16': 2**16, 'uint32': 2**24}.get(meta['dtype'], 0)  # ids; 2**24 is far beyond any tokenizer
+    if not 0 < meta['vocab_size'] <= most:
+        raise UserError(f"{path}: dtype {meta['dtype']!r:.80} with vocab_size {meta['vocab_size']!r:.80} is neither uint16 "
+                        'with at most 65536 nor uint32 with at most 16777216; prepare the data again')
     return meta
 
 
 def public_source(source):
     """A source that others know as well, an address (without what is secret in it) or a data set of the hub; else ''."""
     if source.startswith('https://'):
-        address = urllib.parse.urlsplit(source)
+        try:
+            address = urllib.parse.urlsplit(source)
+        except ValueError:  # a bracket too many
+            return ''
         return f'https://{address.hostname}{address.path}'
     return source if re.fullmatch(f'hf:{HUB_ID}', source) and not os.path.isdir(source[3:]) else ''
 
 
 def read_tokenizer(name, meta):
     """The tokenizer of a data set: the one that lies beside the token files, or else the one of that name."""
+    path = os.path.join(folder_of(name), meta['tokenizer'].get('file', 'meta.json'))
     if 'file' not in meta['tokenizer']:
-        return load_tokenizer(meta['tokenizer']['name'])
-    path = os.path.join(folder_of(name), meta['tokenizer']['file'])
-    try:
-        with open(path, encoding='utf-8') as f:
-            return tokenizer_from_state(json.load(f))
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f'{path} cannot be read, though meta.json names it ({type(e).__name__}); prepare the data '
-                        'again') from None
+        tokenizer = load_tokenizer(meta['tokenizer']['name'])
+    else:
+        try:
+            with open(path, encoding='utf-8') as f:
+                tokenizer = tokenizer_from_state(json.load(f))
+        except (OSError, ValueError, RecursionError) as e:
+            raise UserError(f'{path} cannot be read, though meta.json names it ({type(e).__name__}); prepare the data '
+                            'again') from None
+    if tokenizer.vocab_size != meta['vocab_size'] and tokenizer.fingerprint() == meta['tokenizer']['fingerprint']:
+        raise UserError(f"{path}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but meta.json says vocab_size "
+                        f"{meta['vocab_size']}; prepare the data again")
+    return tokenizer
+
+
+class TokenFile:
+    """
+    A token file, or the mask beside one, that must stay as it is now: Raises UserError when it is read and its size or time
+    is another. It is read and not mapped into memory, where a file that is cut off kills the process (SIGBUS).
+    """
+
+    def __init__(self, path, dtype):
+        self.path, self.dtype = path, dtype
+        self.stamp = _stamp(os.stat(path))
+        self.length = self.stamp[0] // dtype.itemsize  # elements
+
+    def __getitem__(self, part):
+        """Elements start:end, of those that there are."""
+        start, end, size = part.start, min(part.stop, self.length), self.dtype.itemsize
+        with READING:
+            f = _open(self.path, self.stamp)
+            f.seek(start * size)
+            data = f.read((end - start) * size)
+            stamp = _stamp(os.fstat(f.fileno()))  # after it was read
+        if stamp != self.stamp or len(data) != (end - start) * size:
+            raise UserError(f'{self.path} was changed while it is in use; prepare the data again, and resume the run')
+        return np.frombuffer(data, self.dtype)
+
+
+READING = threading.Lock()  # a batch is read in a thread beside the training, and both have the same open files
 
 
 @functools.lru_cache(maxsize=64)  # each open file is one of the few that a process may have
-def open_tokens(path, dtype):
-    """A token file, or the mask beside one, as an array on disk."""
-    return np.memmap(path, dtype, 'r')
+def _open(path, stamp):  # a file that was prepared anew is opened anew
+    try:
+        return open(path, 'rb', buffering=0)
+    except OSError as e:
+        raise UserError(f'{path} cannot be read any more ({e.strerror}); prepare the data again, and resume the run') from None
+
+
+def _stamp(stat):
+    return stat.st_size, stat.st_mtime_ns
 
 
 class Split:
@@ -96,13 +148,16 @@ class Split:
         """
         meta, folder = read_meta(name), folder_of(name)
         self.name, self.block_size, self.vocab_size = name, block_size, meta['vocab_size']
-        source = public_source(meta.get('plan', {}).get('settings', {}).get('source', ''))
+        try:
+            source = public_source(meta['plan']['settings']['source'])
+        except (KeyError, TypeError, AttributeError):  # as in data that was adopted
+            source = ''
         self.manifest = {'note': meta.get('note', ''), 'source': source, 'files': meta['files']}  # what a checkpoint keeps
         self.moves = stride == 0
         self.stride = stride or block_size
         entries = {f: entry for f, entry in sorted(meta['files'].items()) if f.startswith(split) and f.endswith('.bin')}
         self.n_tokens = sum(entry['tokens'] for entry in entries.values())
-        self.n_bytes = sum(entry['bytes'] for entry in entries.values())  # of text
+        self.n_bytes = sum(entry['bytes'] for entry in entries.values()) or 1  # of text
         if not self.n_tokens:
             raise UserError(f"{folder} has no '{split}' split; prepare it with --val_fraction above 0 and below 1")
         self.dtype = np.dtype(meta['dtype']).newbyteorder('<')
@@ -110,9 +165,10 @@ class Split:
         hashes = self.n_tokens * self.dtype.itemsize <= CHECKSUM_LIMIT
         for file, entry in entries.items():
             if entry['tokens'] > block_size:
-                self.files.append(_check(os.path.join(folder, file), entry, meta, hashes))
-                mask = entry.get('mask')  # beside the tokens, a byte each: 0 = never a target
-                self.masks.append(mask and os.path.join(folder, mask))
+                self.files.append(_check(os.path.join(folder, file), self.dtype, entry, meta, hashes))
+                # beside the tokens, a byte each: 0 = never a target
+                self.masks.append(_check_size(os.path.join(folder, entry['mask']), np.dtype(np.uint8), entry)
+                                  if 'mask' in entry else None)
                 self.lengths.append(entry['tokens'])
                 spare = entry['tokens'] - block_size - 1 - self._reach(entry['tokens'])
                 overlap = self.stride < block_size
@@ -131,42 +187,48 @@ class Split:
     def window(self, k, offset=0.0):
         """Window k → inputs (block_size,) and targets (block_size,), int64; the grid moved by `offset` in [0, 1)."""
         f = int(np.searchsorted(self.ends, k, side='right'))
-        tokens = open_tokens(self.files[f], self.dtype)
+        tokens = self.files[f]
         first = k - (self.ends[f - 1] if f else 0)
-        start = int(first) * self.stride + int(offset * (self._reach(len(tokens)) + 1))
+        start = int(first) * self.stride + int(offset * (self._reach(tokens.length) + 1))
         end = start + self.block_size + 1
 
-        def part(array):
-            return np.concatenate((array[start:end], array[:max(end - len(array), 0)]))
+        def part(file):
+            return file[start:end] if end <= file.length else np.concatenate((file[start:end], file[0:end - file.length]))
 
         ids = part(tokens).astype(np.int64)
         if ids.max() >= self.vocab_size:
-            raise UserError(f'{tokens.filename}: id {ids.max()} is beyond vocab_size {self.vocab_size}; '
+            raise UserError(f'{tokens.path}: id {ids.max()} is beyond vocab_size {self.vocab_size}; '
                             'prepare the data again')
         targets = ids[1:].copy()
         if self.masks[f]:
-            targets[part(open_tokens(self.masks[f], np.uint8))[1:] == 0] = -1
+            targets[part(self.masks[f])[1:] == 0] = -1
         return ids[:-1], targets
 
 
-def _check(path, entry, meta, hashes):
-    """Checks a token file against its manifest entry, its content too if `hashes`; returns the path."""
-    itemsize = np.dtype(meta['dtype']).itemsize
+def _check_size(path, dtype, entry):
+    """The file with that many elements as the manifest says."""
     if not os.path.isfile(path):
         raise UserError(f'{path} is missing, though meta.json names it; prepare the data again')
-    size, expected = os.path.getsize(path), entry['tokens'] * itemsize
+    file = TokenFile(path, dtype)
+    size, expected = file.stamp[0], entry['tokens'] * dtype.itemsize
     if size != expected:
         raise UserError(f"{path} has {size} bytes, but meta.json says {entry['tokens']} tokens, which is {expected} bytes; "
                         'prepare the data again')
+    return file
+
+
+def _check(path, dtype, entry, meta, hashes):
+    """Checks a token file against its manifest entry, its content too if `hashes`; returns the file."""
+    file = _check_size(path, dtype, entry)
     if entry['max_id'] >= meta['vocab_size']:
         raise UserError(f"{path}: id {entry['max_id']} is beyond vocab_size {meta['vocab_size']}; prepare the data again")
     if hashes:
         with open(path, 'rb') as f:
             found = hashlib.sha256(f.read()).hexdigest()
         if found != entry['sha256']:
-            raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {str(entry['sha256'])[:12]}; "
+            raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {entry['sha256'][:12]}; "
                             'prepare the data again')
-    return path
+    return file
 
 
 def hash_ints(*numbers):

@@ -153,15 +153,21 @@ def load(name):
         hub_id(name), ['config.json', 'model*.safetensors', 'model.safetensors.index.json', *FILES], f"init_from='{name}'")
     config = read_config(folder)
     eos = _read_json(os.path.join(folder, 'config.json')).get('eos_token_id')
-    tokenizer = load_tokenizer(folder, eot_id=eos[0] if isinstance(eos, list) and eos else eos)
+    eos = eos[0] if isinstance(eos, list) and eos else eos
+    tokenizer = load_tokenizer(folder, eot_id=eos if type(eos) is int else None)
     tokenizer.name = public_name(name)
+    check_tokenizer(tokenizer, config, folder)
+    weights = to_ours(read_weights(folder, config), config)
+    return {'model': weights, 'model_config': dataclasses.asdict(config), 'tokenizer': tokenizer.state(),
+            'config': dataclasses.asdict(config)}
+
+
+def check_tokenizer(tokenizer, config, folder):
+    """Raises UserError for a tokenizer whose texts have ids that the model does not know."""
     known = [i for i in range(tokenizer.vocab_size) if tokenizer.decode_bytes([i])] + [tokenizer.eot_id, tokenizer.bos_id or 0]
     if max(known) >= config.vocab_size:  # special tokens beyond may be: none of them comes from a text
         raise UserError(f'{folder}: the tokenizer has ids up to {max(known)}, but the model knows {config.vocab_size}; the '
                         'two do not belong together')
-    weights = to_ours(read_weights(folder, config), config)
-    return {'model': weights, 'model_config': dataclasses.asdict(config), 'tokenizer': tokenizer.state(),
-            'config': dataclasses.asdict(config)}
 
 
 def read_config(folder):
@@ -250,6 +256,8 @@ def read_weights(folder, config):
         if twice:
             raise UserError(f'{path} holds {twice[0]}, and so does {path_of[twice[0]]}')
         path_of |= dict.fromkeys(names, path)
+    if config.n_layer > len(path_of):  # before so many are made to compare
+        raise UserError(f'{folder}: config.json says {config.n_layer} layers, but the files hold {len(path_of)} tensors')
     expected = {name: tuple(p.shape) for name, p in to_theirs(_empty(config).state_dict(), config).items()}
     prefix = 'transformer.' if 'transformer.wte.weight' in expected else 'model.'
     weights = {}
@@ -260,9 +268,12 @@ def read_weights(folder, config):
                 name = stored if stored.startswith((prefix, 'lm_head.')) else prefix + stored
                 if re.search(CONSTANTS, name):
                     continue
-                tensor = f.get_tensor(stored)
                 if name in weights:
                     raise UserError(f'{path} holds {name} twice, with and without {prefix}')
+                try:
+                    tensor = f.get_tensor(stored)
+                except (safetensors.SafetensorError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as e:
+                    raise UserError(f'{path}: {stored} cannot be read ({type(e).__name__}: {e})') from None
                 if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
                     raise UserError(f'{path}: {stored} is {tensor.dtype}; what can be loaded is float32, float16 and bfloat16')
                 weights[name] = tensor.float()
@@ -291,7 +302,11 @@ def _weight_files(folder):
         found = _read_json(index)
         if not isinstance(found.get('weight_map'), dict):
             raise UserError(f'{index} has no weight_map')
-        paths = [os.path.join(folder, os.path.basename(file)) for file in sorted(set(map(str, found['weight_map'].values())))]
+        shards = sorted(set(map(str, found['weight_map'].values())))
+        outside = [shard for shard in shards if not re.fullmatch(r'\w[\w.-]*\.safetensors', shard)]
+        if outside:
+            raise UserError(f'{index}: {outside[0]!r:.80} names no safetensors file of its folder')
+        paths = [os.path.join(folder, shard) for shard in shards]
         missing = [path for path in paths if not os.path.isfile(path)]
         if missing:
             raise UserError(f'{missing[0]} is missing ({len(missing)} of {len(paths)} shards are); fetch the folder again')

@@ -154,10 +154,11 @@ def latest_step(url):
     return max((step for step, ending in there.patiently(there.list, 'last') if ending == 'pt'), default=None)
 
 
-def fetch(url, out_dir, whole, say=print):
+def fetch(url, out_dir, whole, say=print, newer_than=-1):
     """
     Brings the newest checkpoint that is whole to out_dir/ckpt.pt, its log, and the best as best.pt. Returns its step, or None
-    where the mirror holds no run. `whole(path)` raises UserError for a file that is not all of a checkpoint.
+    where the mirror holds no run, or none that is `newer_than` a step. `whole(path)` raises UserError for a file that is not
+    all of a checkpoint.
 
     Raises UserError if the mirror cannot be reached, if none of its checkpoints is whole, and if the disk is full.
     """
@@ -165,7 +166,8 @@ def fetch(url, out_dir, whole, say=print):
     listed = [(step, kind, ending) for kind in KINDS for step, ending in there.patiently(there.list, kind)]
     found = sorted(((step, kind) for step, kind, ending in listed if ending == 'pt'), key=lambda f: (-f[0], KINDS.index(f[1])))
     logs = sorted(step for step, _, ending in listed if ending == 'jsonl')
-    if not found:
+    newer = [(step, kind) for step, kind in found if step > newer_than]
+    if not newer:
         return None
     os.makedirs(out_dir, exist_ok=True)
     latest, log, best = (os.path.join(out_dir, name) for name in ('ckpt.pt', 'log.jsonl', 'best.pt'))
@@ -181,7 +183,9 @@ def fetch(url, out_dir, whole, say=print):
                 say(f'mirror: {kind}/{step}.pt in {there.name} is not whole, looking for the one before ({e})')
 
     try:
-        step = bring(found, f'{latest}.tmp')
+        step = bring(newer, f'{latest}.tmp')
+        if step is None and newer_than >= 0:
+            return None
         if step is None:
             raise UserError(f"mirror='{there.name}' holds a run, but no checkpoint of it is whole; to begin from scratch, name "
                             'another --mirror')

@@ -14,7 +14,7 @@ Shapes are written with these letters:
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -22,6 +22,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from loss import CRITERIA
+
+# far beyond any model, and few enough that a file which claims them is refused before memory is asked for
+MOST = {'block_size': 2**24, 'vocab_size': 2**24, 'n_layer': 2**12, 'n_head': 2**12, 'n_embd': 2**18, 'n_inner': 2**20}
 
 
 @dataclass
@@ -49,8 +52,14 @@ class ModelConfig:
     zero_init: bool = False     # what writes into the residual stream starts at zero
 
     def __post_init__(self):
-        for least, *names in ((1, 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd'),
-                              (0, 'n_kv_head', 'n_inner', 'init_std', 'norm_eps', 'rope_theta', 'sliding_window')):
+        for field in fields(self):
+            name, value, kind = field.name, getattr(self, field.name), field.type
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ValueError(f'{name} {value!r:.80} is no {kind.__name__}')
+            if kind in (int, float) and not abs(value) <= MOST.get(name, 2**53):  # nor is what is not a number
+                raise ValueError(f'{name} {value!r} is more than {MOST.get(name, 2**53)}')
+        for least, *names in ((1, 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'rope_theta'),
+                              (0, 'n_kv_head', 'n_inner', 'init_std', 'norm_eps', 'sliding_window')):
             for name in names:
                 if getattr(self, name) < least:
                     raise ValueError(f'{name} {getattr(self, name)} is less than {least}')
@@ -64,6 +73,8 @@ class ModelConfig:
         if self.pos == 'rope' and self.head_size % 2:
             raise ValueError(f"pos='rope' turns pairs of dimensions, but n_embd {self.n_embd} / n_head {self.n_head} "
                              f'makes heads of {self.head_size}')
+        if self.pos == 'rope' and self.block_size * self.head_size > 2**27:
+            raise ValueError(f'block_size {self.block_size} with heads of {self.head_size} makes a gigabyte of angles')
         if not 0 <= self.dropout < 1:
             raise ValueError(f'dropout {self.dropout} is not within 0 <= dropout < 1')
         parse_rope_scaling(self.rope_scaling)
@@ -121,6 +132,7 @@ def parse_rope_scaling(text):
     try:
         numbers = [float(n) for n in numbers.split(',')] if text else []
         right = kind == 'linear' and len(numbers) == 1 or kind == 'llama3' and len(numbers) == 4 and numbers[1] < numbers[2]
+        right = right and all(map(math.isfinite, numbers))
     except ValueError:
         right = False
     if text and not (right and numbers[0] >= 1):

@@ -158,8 +158,8 @@ class TiktokenTokenizer(Tokenizer):
         self.name = name
         self.pattern, self.ranks, self.special = pattern, ranks, special
         self.eot_id = special['<|endoftext|>']
+        self.vocab_size = _count_ids([*ranks.values(), *special.values()], name)
         self.encoding = _tiktoken_encoding(name, pattern, ranks, special)
-        self.vocab_size = self.encoding.n_vocab
         self.text_ids = set(ranks.values())  # not the specials, nor the gaps that some vocabularies have
 
     def encode(self, text, special=False):
@@ -205,7 +205,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"tokenizer='{name}' is a {model.get('type')} with the decoder {' '.join(sorted(kinds)) or 'none'};"
                             ' what can be used is a BPE on bytes, or one with byte fallback')
         added = {token['id']: token for token in spec['added_tokens']}
-        self.vocab_size = max([*model['vocab'].values(), *added]) + 1
+        self.vocab_size = _count_ids([*model['vocab'].values(), *added], name)
         self.bytes_of = [b''] * self.vocab_size  # what each id stands for; special tokens stand for nothing
         alphabet = byte_alphabet()
         for token, i in model['vocab'].items():
@@ -431,7 +431,7 @@ def load_tokenizer(name, eot_token='', eot_id=None):
         eot_id, bos_id = _document_ids(name, spec, os.path.join(os.path.dirname(path), 'tokenizer_config.json'), eot_token,
                                        eot_id)
         return HuggingFaceTokenizer(name, data.decode(), eot_id, bos_id, _beside(os.path.dirname(path)))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"tokenizer='{name}' is not a tokenizer.json ({type(e).__name__}: {e})") from None
 
 
@@ -475,7 +475,7 @@ def _beside(folder):
     stops = generation.get('eos_token_id')
     found = {key: config.get(key) for key in ('chat_template', 'pad_token', 'unk_token')}
     found |= {'chat_template': read('chat_template.jinja').decode() or found['chat_template'],
-              'eos_token_id': stops if isinstance(stops, list) else None,
+              'eos_token_id': stops if isinstance(stops, list) and all(type(i) is int for i in stops) else None,
               'tokenizer.model': base64.b64encode(read('tokenizer.model')).decode()}
     return {key: value for key, value in found.items() if value}
 
@@ -525,8 +525,28 @@ def train_bpe(texts, vocab_size, special_tokens):
 
 
 def tokenizer_from_state(state):
-    """The tokenizer that `state()` described, without a network."""
-    kind = state.get('kind')
+    """The tokenizer that `state()` described, without a network. Raises UserError where that is no such description."""
+    kind = state.get('kind') if isinstance(state, dict) else None
+    if kind not in ('bytes', 'tiktoken', 'huggingface', 'sentencepiece'):
+        raise UserError(f"this file's tokenizer is of the kind {kind!r:.80}, which this version does not know")
+    try:
+        tokenizer = _from_state(kind, state)
+        tokenizer.encode('a')
+        ends = tokenizer.eot_id, tokenizer.bos_id or 0
+        fits = type(tokenizer.name) is str and all(type(i) is int for i in (*ends, *tokenizer.stop_ids())) and \
+            0 <= min(ends) <= max(ends) < tokenizer.vocab_size
+    except UserError:
+        raise
+    except BaseException as e:  # a panic in the packages' Rust is no Exception
+        if isinstance(e, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise UserError(f"this file's tokenizer, of the kind {kind!r}, is damaged ({type(e).__name__}: {e})") from None
+    if not fits:
+        raise UserError(f"this file's tokenizer, of the kind {kind!r}, is damaged: its name or its end of text is none")
+    return tokenizer
+
+
+def _from_state(kind, state):
     if kind == 'bytes':
         return ByteTokenizer()
     if kind == 'tiktoken':
@@ -535,6 +555,11 @@ def tokenizer_from_state(state):
         return TiktokenTokenizer(state['name'], state['pattern'], ranks, state['special'])
     if kind == 'huggingface':
         return HuggingFaceTokenizer(state['name'], state['json'], state['eot_id'], state['bos_id'], state.get('beside', ()))
-    if kind == 'sentencepiece':
-        return SentencePieceTokenizer(state['name'], base64.b64decode(state['model']))
-    raise UserError(f"this file's tokenizer is of the kind {kind!r}, which this version does not know")
+    return SentencePieceTokenizer(state['name'], base64.b64decode(state['model']))
+
+
+def _count_ids(ids, name):
+    """One more than the largest id. A list of what each stands for is made, so that few may stand for nothing."""
+    if not all(type(i) is int and 0 <= i < len(ids) + 2**16 for i in ids):
+        raise UserError(f"tokenizer='{name}' has {len(ids)} tokens, but not all of their ids are numbers in that range")
+    return max(ids) + 1

@@ -110,6 +110,7 @@ from files import alone, write_whole
 from generation import Sampling, generate, unknown_ids
 from health import Interruption, Numbers
 from logs import Log, Wandb, new_id
+from mirror import Mirror, fetch, latest_step
 from model import ModelConfig, Transformer
 from optim import make_optimizer, make_schedule
 from tokenizer import tokenizer_from_state
@@ -133,10 +134,10 @@ def say(*words):
 
 def find_run():
     """
-    On the first process: what `init_from` comes to, and the path of the checkpoint to resume from, which a bare machine fetches
-    from the mirror. From here on nobody else writes `out_dir`.
+    On the first process: what `init_from` comes to, and the path of the checkpoint to begin from, '' for none. A run is resumed
+    from its latest checkpoint that is whole, and on a bare machine from the mirror's.
     """
-    found, latest = checkpoint.has_run(out_dir), os.path.join(out_dir, 'ckpt.pt')
+    latest = os.path.join(out_dir, 'ckpt.pt')
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise UserError(f"out_dir='{out_dir}' is a file; choose another --out_dir")
     if init_from not in ('scratch', 'resume', 'auto') and not os.path.exists(init_from) and not huggingface.hub_id(init_from):
@@ -144,21 +145,35 @@ def find_run():
                         'there, nor an id on the Hugging Face hub such as HuggingFaceTB/SmolLM2-135M')
     if os.path.isdir(out_dir):
         lock_folder()
+    found = checkpoint.has_run(out_dir)
     if init_from not in ('resume', 'auto'):
-        if found:
-            raise UserError(f"out_dir='{out_dir}' holds a run already; continue it with --init_from=resume, or choose another "
-                            '--out_dir')
+        if found or mirror and latest_step(mirror) is not None:
+            where = f"out_dir='{out_dir}'" if found else f"mirror='{mirror}'"
+            raise UserError(f'{where} holds a run already; continue it with --init_from=resume, or choose another '
+                            f'{"--out_dir" if found else "--mirror"}')
         return init_from, init_from if init_from != 'scratch' else ''
-    if not found:
-        if init_from == 'resume':
-            raise UserError(f"init_from='resume', but out_dir='{out_dir}' holds no ckpt.pt; start with --init_from=scratch")
-        return 'scratch', ''
-    path = checkpoint.latest(out_dir, say)
-    if path != latest:
+    path = checkpoint.latest(out_dir, say) if found else ''
+    if path and path != latest:
         if os.path.exists(latest):
             os.replace(latest, os.path.join(out_dir, 'ckpt.damaged.pt'))
         os.replace(path, latest)
-    return 'resume', latest
+    here = checkpoint.step_of(latest) if found else -1
+    if mirror and path == latest:
+        try:
+            there = latest_step(mirror) or 0
+        except UserError as e:
+            there = say(f'{e}; going on from {latest}') or 0
+        if there > here:
+            raise UserError(f"mirror='{mirror}' has step {there}, and out_dir='{out_dir}' step {here}: choose another "
+                            f'--mirror, or move {out_dir} away to go on from the mirror')
+    elif mirror:
+        step = fetch(mirror, out_dir, checkpoint.verify, say, newer_than=here)
+        found = found or step is not None
+        if step is not None:
+            say(f'{latest}: fetched from the mirror, step {step}')
+    if init_from == 'resume' and not found:
+        raise UserError(f"init_from='resume', but out_dir='{out_dir}' holds no ckpt.pt; start with --init_from=scratch")
+    return ('resume', latest) if found else ('scratch', '')
 
 
 def lock_folder():
@@ -417,8 +432,11 @@ def save(it, improved=False):
                    best_val_loss=best_val_loss)
 
 
-def saved(it, also):
-    """Called when a checkpoint is on the disk."""
+def copy_away(it, also=()):
+    """Has the checkpoint of step `it` copied to the mirror; `also` are its further names."""
+    if copies:
+        names = [os.path.basename(name) for name in also]
+        copies.copy(it, saver.path, log.path, config | {'mirror': ''}, best='best.pt' in names, kept=f'ckpt_{it}.pt' in names)
 
 
 def tokens_seen(it):
@@ -602,13 +620,16 @@ model, ddp_model = try_compile(raw_model) if wants_compile else (raw_model, wrap
 
 wandb_run = saver = None
 if rank == 0:
-    if not os.path.isdir(out_dir):
+    if not os.path.exists(os.path.join(out_dir, 'lock')):
         lock_folder()
     log = open_log()
     if wandb_log:
         loop['wandb_id'] = loop['wandb_id'] or new_id()
         wandb_run = Wandb(wandb_project, wandb_run_name or out_dir, config, out_dir, loop['wandb_id'], say)
-    saver = checkpoint.Saver(os.path.join(out_dir, 'ckpt.pt'), keep_last, say, saved)
+    saver = checkpoint.Saver(os.path.join(out_dir, 'ckpt.pt'), keep_last, say, copy_away)
+    copies = Mirror(mirror, max(keep_last, 2), say) if mirror else None
+    if resumes:  # what the former process did not come to
+        copy_away(first_iter)
 peak = peak_flops(device)
 say(f'{raw_model.count_parameters():,} parameters; {max_iters:,} steps of {tokens_per_step:,} tokens (processes {world_size} x '
     f'micro-steps {micro_steps} x windows {micro_batch} x block_size {block_size}), {max_iters * tokens_per_step:,} in all, '
@@ -704,8 +725,10 @@ while True:
 problem = saver.wait() if saver else None
 if rank == 0 and not log.close():
     problem = problem or f'{log.path} could not be written to its end'
+if rank == 0 and copies:
+    copies.close(60 if interrupted else 300)
 if wandb_run:
-    wandb_run.finish()
+    wandb_run.finish(15 if interrupted else 30)
 if problem:
     raise UserError(f'{problem}; make room and go on with --init_from=resume')
 if interrupted:

@@ -156,7 +156,7 @@ def test_a_full_disk_stops_no_run(place, tmp_path_factory):
         at = checkpoint.load(str(disk / 'run' / 'ckpt.pt'))['iter']
         assert at >= 300
         _, err = run('train.py', *args, '--max_iters=100000', f'--out_dir={disk}/run', '--init_from=auto', cwd=place, code=2)
-        assert f"out_dir='{disk}/run' cannot be written (No space left on device); make room, or choose another" in err
+        assert 'cannot be written (No space left on device); make room' in err
         os.remove(disk / 'filling')
         run('train.py', f'--max_iters={at + 5}', f'--out_dir={disk}/run', '--init_from=resume', cwd=place)
         run('train.py', *args, f'--max_iters={at + 5}', '--out_dir=out/whole', '--init_from=resume', cwd=place)
@@ -187,7 +187,7 @@ def test_which_checkpoints_are_kept(place):
     run('train.py', *TINY, '--eval_interval=5', '--checkpoint_interval=2', '--keep_last=3', '--keep_every=8', cwd=place)
     assert [saved(out, name)['iter'] for name in ('ckpt.pt', 'ckpt.1.pt', 'ckpt.2.pt')] == [20, 18, 16]
     assert sorted(p.name for p in out.glob('ckpt_*')) == ['ckpt_16.pt', 'ckpt_8.pt']
-    run('train.py', *TINY, '--checkpoint_minutes=0.0001', '--keep_last=4', '--out_dir=out/timed', cwd=place)
+    run('train.py', *TINY, '--checkpoint_minutes=1e-6', '--keep_last=4', '--out_dir=out/timed', cwd=place)
     assert [saved(place / 'out' / 'timed', f'ckpt{i}.pt')['iter'] for i in ('', '.1', '.2', '.3')] == [20, 19, 18, 17]
 
 
@@ -317,16 +317,18 @@ def test_a_run_of_bad_steps_goes_back_once_and_on_with_other_data(place, torchru
 
 
 def test_weights_that_are_no_numbers_are_never_saved(place):
-    """A learning rate that destroys the model in one step whose loss and gradient were fine."""
-    args = [*TINY, '--warmup_iters=0', '--schedule=constant', '--checkpoint_interval=1', '--weight_decay=0']
-    run('train.py', *args, '--max_iters=3', cwd=place)
+    """An optimizer that destroys the model with the sixth step, whose loss and gradient were fine."""
+    script = faulty(place, """if n == 5:
+            sys.modules['torch'].optim.AdamW.step = lambda opt, *_: [
+                p.data.fill_(float('inf')) for group in opt.param_groups for p in group['params']]""")
+    _, err = run(script, *TINY, '--checkpoint_interval=1', '--keep_every=1', cwd=place, code=2)
+    assert 'error: iter 6: the weights are no finite numbers any more (0 steps were left out), and the run went back' in err
     out = place / 'out' / 'tiny'
-    _, err = run('train.py', *args, '--init_from=resume', '--max_iters=30', '--learning_rate=1e39', cwd=place, code=2)
-    assert 'the weights are no finite numbers any more' in err or 'loss nan' in err
+    assert sorted(path.name for path in out.glob('ckpt_*')) == [f'ckpt_{i}.pt' for i in range(1, 6)]
     for path in out.glob('*.pt'):
         assert all(p.isfinite().all() for p in checkpoint.load(str(path))['model'].values())
-    _, err = run('train.py', *args, '--out_dir=out/none', '--learning_rate=1e39', cwd=place, code=2)
-    assert 'there is no checkpoint to go back to' in err
+    _, err = run(script, *TINY, '--out_dir=out/none', cwd=place, code=2)
+    assert 'there is no checkpoint to go back to' in err and not list((place / 'out' / 'none').glob('*.pt'))
 
 
 def test_overflow_in_float16_is_no_error(place):
