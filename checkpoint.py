@@ -172,18 +172,17 @@ def _manifest(found):
         all(type(entry.get(key)) is int for key in ('tokens', 'documents', 'bytes')) for entry in found['files'].values())
 
 
-def latest(out_dir, say):
-    """The path of a run's latest checkpoint that is whole; what is damaged is said. Raises UserError where there is none."""
+def latest(out_dir, say, needed=True):
+    """The path of a run's latest checkpoint that is whole; what is damaged is said. UserError, or None, if there is none."""
     names = [name for name in run_names(os.path.join(out_dir, 'ckpt.pt')) if os.path.exists(name)]
     for name in names:
         try:
             verify(name)
             return name
         except UserError as e:
-            if name == names[-1]:
+            if name == names[-1] and needed:
                 raise
-            say(f'{e}; going back to the one before')
-    raise UserError(f'{out_dir} holds no ckpt.pt')
+            say(f'{e}; looking for the one before')
 
 
 def has_run(out_dir):

@@ -259,12 +259,17 @@ class Mirror:
         except Exception as e:  # a copy is not worth a run
             self.say(f'mirror: step {iter} will not be copied to {self.there.name} ({self.there.reason(e)})')
 
-    def close(self, seconds):
-        """Waits up to so many seconds for what is still to be copied. Returns whether all is there, and says it if not."""
+    def close(self, seconds, if_away=20):
+        """
+        Waits up to so many seconds for what is still to be copied, or `if_away` while the mirror cannot be reached. Returns
+        whether all is there, and says it if not.
+        """
+        begun = time.monotonic()
         with self.changed:
             self.closing = True
             self.changed.notify_all()
-            done = self.changed.wait_for(lambda: not self.jobs, seconds)
+            self.changed.wait_for(lambda: not self.jobs or self.outage and time.monotonic() - begun > if_away, seconds)
+            done = not self.jobs
             if not done:
                 self.say(f'mirror: step {", ".join(str(job.iter) for job in self.jobs)} did not get to {self.there.name} '
                          f'({self.outage or f"not within {seconds:g} s"})')

@@ -152,12 +152,12 @@ def find_run():
             raise UserError(f'{where} holds a run already; continue it with --init_from=resume, or choose another '
                             f'{"--out_dir" if found else "--mirror"}')
         return init_from, init_from if init_from != 'scratch' else ''
-    path = checkpoint.latest(out_dir, say) if found else ''
+    path, fetched = checkpoint.latest(out_dir, say, needed=not mirror) if found else None, None
+    here = checkpoint.step_of(path) if path else -1
     if path and path != latest:
         if os.path.exists(latest):
             os.replace(latest, os.path.join(out_dir, 'ckpt.damaged.pt'))
         os.replace(path, latest)
-    here = checkpoint.step_of(latest) if found else -1
     if mirror and path == latest:
         try:
             there = latest_step(mirror) or 0
@@ -167,13 +167,14 @@ def find_run():
             raise UserError(f"mirror='{mirror}' has step {there}, and out_dir='{out_dir}' step {here}: choose another "
                             f'--mirror, or move {out_dir} away to go on from the mirror')
     elif mirror:
-        step = fetch(mirror, out_dir, checkpoint.verify, say, newer_than=here)
-        found = found or step is not None
-        if step is not None:
-            say(f'{latest}: fetched from the mirror, step {step}')
-    if init_from == 'resume' and not found:
+        fetched = fetch(mirror, out_dir, checkpoint.verify, say, newer_than=here)
+    if fetched is not None:
+        say(f'{latest}: fetched from the mirror, step {fetched}')
+    elif found and not path:
+        raise UserError(f"out_dir='{out_dir}' holds a run, but no checkpoint of it is whole; choose another --out_dir")
+    elif not found and init_from == 'resume':
         raise UserError(f"init_from='resume', but out_dir='{out_dir}' holds no ckpt.pt; start with --init_from=scratch")
-    return ('resume', latest) if found else ('scratch', '')
+    return ('scratch', '') if fetched is None and not found else ('resume', latest)
 
 
 def lock_folder():
@@ -726,7 +727,7 @@ problem = saver.wait() if saver else None
 if rank == 0 and not log.close():
     problem = problem or f'{log.path} could not be written to its end'
 if rank == 0 and copies:
-    copies.close(60 if interrupted else 300)
+    copies.close(60 if interrupted else 600)
 if wandb_run:
     wandb_run.finish(15 if interrupted else 30)
 if problem:

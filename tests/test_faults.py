@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(place):
     data[len(data) // 2] ^= 1
     (out / 'ckpt.pt').write_bytes(data)
     text, _ = run('train.py', '--out_dir=out/tiny', '--init_from=resume', '--max_iters=40', cwd=place)
-    assert 'ckpt.pt is damaged' in text and 'going back to the one before' in text and 'resumed at iter 10' in text
+    assert 'ckpt.pt is damaged' in text and 'looking for the one before' in text and 'resumed at iter 10' in text
     assert losses(out) == losses(place / 'out' / 'whole')
     assert (out / 'ckpt.damaged.pt').exists() and saved(out, 'ckpt.1.pt')['iter'] == 30
 
@@ -204,6 +204,52 @@ def test_the_best_is_never_replaced_by_a_worse_one(place):
     run('train.py', *TINY, '--init_from=resume', '--max_iters=30', '--learning_rate=0.5', '--schedule=constant', cwd=place)
     assert read_log(out)[-1]['val_loss'] > best['best_val_loss']
     assert saved(out, 'best.pt')['iter'] == 20 and saved(out)['best_val_loss'] == best['best_val_loss']
+
+
+# ---- away from the machine
+
+def test_a_bare_machine_goes_on_from_the_mirror(place, s3):
+    """The best comes along too; a local checkpoint that is damaged altogether is replaced by the mirror's."""
+    args = [*TINY, '--max_iters=40', '--checkpoint_interval=5', '--init_from=auto']
+    run('train.py', *args, '--out_dir=out/whole', cwd=place)
+    process = start('train.py', *args, '--max_iters=100000', '--lr_decay_iters=40', f'--mirror={s3.url}', cwd=place)
+    wait_for(lambda: lines(place / 'out' / 'tiny') > 30, process)
+    process.send_signal(signal.SIGTERM)  # which leaves it a minute to copy
+    out, err = process.communicate(timeout=100)
+    at = saved(place / 'out' / 'tiny')['iter']
+    (place / 'out' / 'tiny').rename(place / 'out' / 'gone')
+    _, err = run('train.py', *TINY, f'--mirror={s3.url}', cwd=place, code=2)
+    assert f"mirror='{s3.url}' holds a run already; continue it with --init_from=resume, or choose another --mirror" in err
+    assert not (place / 'out' / 'tiny').exists()
+    text, _ = run('train.py', *args, '--max_iters=40', '--lr_decay_iters=40', f'--mirror={s3.url}', cwd=place)
+    assert f'out/tiny/ckpt.pt: fetched from the mirror, step {at}' in text and f'resumed at iter {at}' in text
+    assert losses(place / 'out' / 'tiny') == losses(place / 'out' / 'whole')
+    assert saved(place / 'out' / 'tiny', 'best.pt')['iter'] == saved(place / 'out' / 'whole', 'best.pt')['iter']
+    for path in (place / 'out' / 'tiny').glob('ckpt*.pt'):
+        path.write_bytes(path.read_bytes()[:-1000])
+    text, _ = run('train.py', *args, '--max_iters=42', '--lr_decay_iters=40', f'--mirror={s3.url}', cwd=place)
+    assert 'fetched from the mirror, step 40' in text and 'resumed at iter 40' in text
+
+
+def test_a_mirror_that_is_away_stops_nothing_and_gets_all_when_it_is_back(place, s3):
+    args = [*TINY, '--max_iters=60', '--checkpoint_interval=5', f'--mirror={s3.url}']
+    process = start('train.py', *args, cwd=place)
+    wait_for(lambda: lines(place / 'out' / 'tiny') > 2, process)
+    s3.kill()
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and out.count('cannot be reached') == 1 and 'step 60 did not get to' in out, out + err
+    run('train.py', *TINY, '--max_iters=60', '--out_dir=out/whole', cwd=place)
+    whole, tiny = losses(place / 'out' / 'whole'), losses(place / 'out' / 'tiny')
+    assert whole == tiny
+    _, err = run('train.py', *args, '--out_dir=out/bare', '--init_from=auto', cwd=place, code=2)
+    assert 'cannot be reached' in err and 'it may hold this run' in err and not (place / 'out' / 'bare').exists()
+    text, _ = run('train.py', *args, '--init_from=auto', '--max_iters=62', cwd=place)
+    assert 'going on from out/tiny/ckpt.pt' in text and 'resumed at iter 60' in text
+    s3.start()
+    run('train.py', *args, '--init_from=auto', '--max_iters=62', cwd=place)
+    text, _ = run('train.py', *args, '--out_dir=out/bare', '--init_from=auto', '--max_iters=63', cwd=place)
+    assert 'fetched from the mirror, step 62' in text
+    assert tiny.items() <= losses(place / 'out' / 'bare').items()
 
 
 # ---- one run, one folder
