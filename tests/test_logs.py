@@ -1,0 +1,284 @@
+"""The records of a run: a full disk loses no line of them, and wandb down, slow, dead or full never matters to the run."""
+
+import contextlib
+import http.server
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT
+
+import logs
+from configurator import UserError
+
+# a run in a process of its own, 2 seconds long; MEANWHILE may be a signal for wandb's service, after one of them
+RUN = """
+import os, signal, subprocess, sys, time
+sys.path.insert(0, ROOT)
+import logs
+before = sys.exit, sys.excepthook
+run, slowest = logs.Wandb('project', 'name', {'setting': 1}, FOLDER, 'abcd1234', lambda *words: print(*words, flush=True)), 0
+for step in range(40):
+    started = time.perf_counter()
+    run.log({'iter': step, 'loss': 1 / (step + 1)}, step)
+    slowest = max(slowest, time.perf_counter() - started)
+    time.sleep(0.05)
+    if step == 20 and MEANWHILE:
+        while not run.run:
+            time.sleep(0.05)
+        found = subprocess.run(['pgrep', '-P', str(os.getpid()), 'wandb-core'], capture_output=True, text=True, check=True)
+        print('service', int(found.stdout), flush=True)
+        os.kill(int(found.stdout), MEANWHILE)
+finished = run.finish(SECONDS)
+assert (sys.exit, sys.excepthook) == before
+print('slowest', slowest, 'finished', finished, flush=True)
+sys.exit(3)
+"""
+
+
+def wandb_run(folder, url='http://127.0.0.1:9', mode='online', seconds=15, meanwhile=0):
+    """What a run beside that wandb server printed. Its end, and each call of log, must have come in time."""
+    pytest.importorskip('wandb')
+    about = f'ROOT, FOLDER, SECONDS, MEANWHILE = {str(ROOT)!r}, {str(folder)!r}, {seconds}, {int(meanwhile)}'
+    env = {**os.environ, 'WANDB_MODE': mode, 'WANDB_BASE_URL': url, 'WANDB_API_KEY': 'x' * 40, 'WANDB_INIT_TIMEOUT': '2',
+           'WANDB_HTTP_TIMEOUT': '1'}
+    started = time.monotonic()
+    with open(folder.parent / 'printed', 'w+') as f:
+        code = subprocess.run([sys.executable, '-c', about + RUN], cwd=folder.parent, env=env, stdin=subprocess.DEVNULL, stdout=f,
+                              stderr=subprocess.STDOUT, timeout=60).returncode
+        f.seek(0)
+        text = f.read()
+    assert code == 3 and 'Traceback' not in text, text
+    assert time.monotonic() - started < seconds + 15
+    assert float(re.search(r'slowest (\S+)', text)[1]) < 0.5
+    return text
+
+
+@contextlib.contextmanager
+def server(answer):
+    """A server of wandb, which for a request's path and body answers with a status and an object, or with None and nothing."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            found = answer(self.path, self.rfile.read(int(self.headers.get('Content-Length') or 0)))
+            if found is None:
+                over.wait()
+                return
+            self.send_response(found[0])
+            self.end_headers()
+            self.wfile.write(json.dumps(found[1]).encode())
+
+        do_GET = do_PUT = do_POST
+
+        def log_message(self, *args):
+            pass
+
+    over = threading.Event()
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as s:
+        s.daemon_threads = True
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{s.server_port}'
+        over.set()
+        s.shutdown()
+
+
+def graphql(body):
+    """What wandb's service needs to hear before it begins a run."""
+    owner = {'id': 'e', 'name': 'e'}
+    if b'upsertBucket' in body:
+        return {'upsertBucket': {'inserted': True, 'bucket': {
+            'id': 'r', 'name': 'abcd1234', 'displayName': 'name', 'config': '{}', 'historyLineCount': 0,
+            'project': {'id': 'p', 'name': 'project', 'entity': owner}}}}
+    if b'RunResumeStatus' in body:
+        return {'model': {'id': 'p', 'name': 'project', 'entity': owner, 'bucket': None}}
+    if b'createRunFiles' in body:
+        return {'createRunFiles': {'runID': 'r', 'uploadHeaders': [], 'files': []}}
+    if b'organization' in body:
+        return {'entity': {'organization': {'coreWeaveOrganizationId': ''}}}
+    return {'viewer': {'id': 'e', 'entity': 'e', 'username': 'e', 'teams': {'edges': []}, 'flags': '{}'},
+            'serverInfo': {'cliVersionInfo': {}, 'features': []}}
+
+
+def runs(folder):
+    return sorted(re.sub(r'\d{8}_\d{6}', 'DATE', p.name) for p in (folder / 'wandb').glob('*run-*'))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / 'out').mkdir()
+    return tmp_path / 'out'
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 256 KiB."""
+    place = tmp_path / 'disk'
+    place.mkdir()
+    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=256k', 'tmpfs', place], capture_output=True).returncode:
+        pytest.skip('only root may mount a small file system, and not everywhere')
+    yield place
+    subprocess.run(['umount', '-l', place], check=True)
+
+
+def fill(place):
+    with open(place / 'filler', 'wb', buffering=0) as f, contextlib.suppress(OSError):
+        while True:
+            f.write(bytes(100))
+
+
+def test_wandb_that_works_gets_every_record(folder):
+    sent = []
+
+    def answer(path, body):
+        sent.append(body)
+        return 200, {} if 'file_stream' in path else {'data': graphql(body)}
+    with server(answer) as url:
+        text = wandb_run(folder, url)
+    assert 'finished True' in text and 'failed' not in text
+    steps = {int(n) for body in sent for n in re.findall(rb'\\"iter\\":(\d+)', body)}
+    assert steps == set(range(40)) and runs(folder) == ['run-DATE-abcd1234']
+
+
+@pytest.mark.parametrize('how', ['down', 'silent', 'broken'])
+def test_wandb_out_of_reach_is_logged_offline_for_later(folder, how):
+    with contextlib.ExitStack() as stack:
+        silent = stack.enter_context(socket.create_server(('127.0.0.1', 0)))  # the system accepts, nobody answers
+        url = {'down': 'http://127.0.0.1:9', 'silent': f'http://127.0.0.1:{silent.getsockname()[1]}',
+               'broken': stack.enter_context(server(lambda path, body: (500, {})))}[how]
+        text = wandb_run(folder, url, seconds=25)
+    assert text.count('wandb: failed, logging offline into') == 1 and 'finished True' in text
+    assert 'offline-run-DATE-abcd1234' in runs(folder)
+
+
+def test_wandb_that_falls_silent_is_waited_for_only_so_long(folder):
+    with server(lambda path, body: None if 'file_stream' in path else (200, {'data': graphql(body)})) as url:
+        text = wandb_run(folder, url, seconds=4)
+    assert 'wandb: not finished after 4 s; `wandb sync' in text and 'finished False' in text
+    assert runs(folder) == ['run-DATE-abcd1234']
+
+
+def test_a_service_that_dies_is_replaced_by_one_offline(folder):
+    with server(lambda path, body: (200, {} if 'file_stream' in path else {'data': graphql(body)})) as url:
+        text = wandb_run(folder, url, meanwhile=signal.SIGKILL)
+    assert text.count('wandb: failed, logging offline') == 1 and 'finished True' in text
+    assert runs(folder) == ['offline-run-DATE-abcd1234', 'run-DATE-abcd1234']
+
+
+def test_a_service_that_hangs_is_left_behind(folder):
+    text = wandb_run(folder, mode='offline', meanwhile=signal.SIGSTOP, seconds=4)
+    os.kill(int(re.search(r'service (\d+)', text)[1]), signal.SIGKILL)
+    assert 'wandb: not finished after 4 s' in text and 'finished False' in text
+
+
+def test_wandb_on_a_full_disk(small_disk):
+    fill(small_disk)
+    wandb_run(small_disk, mode='offline', seconds=4)
+
+
+def test_a_resumed_run_is_the_same_run_there(folder):
+    for number in (1, 2):
+        time.sleep(1)  # the folders' names go by the second
+        assert 'finished True' in wandb_run(folder, mode='offline')
+        assert runs(folder) == ['offline-run-DATE-abcd1234'] * number
+    ids = {logs.new_id() for _ in range(100)}
+    assert len(ids) == 100 and all(re.fullmatch('[a-z0-9]{8}', id) for id in ids)
+
+
+def test_what_wandb_has_no_room_for_is_dropped_and_said_once(monkeypatch):
+    pytest.importorskip('wandb')
+    release, said = threading.Event(), []
+    monkeypatch.setattr(logs.Wandb, '_work', lambda self: release.wait())
+    run = logs.Wandb('project', 'name', {}, '.', logs.new_id(), said.append)
+    for step in range(10_100):
+        run.log({'iter': step}, step)
+    assert said == ['wandb: 10,000 records wait for it; what finds no room is in log.jsonl only']
+    started = time.monotonic()
+    assert not run.finish(0.5) and time.monotonic() - started < 5 and 'not finished after 0.5 s' in said[1]
+    release.set()
+
+
+def test_wandb_not_installed_is_said_at_once(monkeypatch, tmp_path):
+    (tmp_path / 'wandb').mkdir()  # what wandb itself leaves behind is no package
+    monkeypatch.setattr(sys, 'path', [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+    with pytest.raises(UserError, match='needs wandb: pip install wandb'):
+        logs.Wandb('project', 'name', {}, '.', logs.new_id(), print)
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def fill_and_free(path, make_full, make_room):
+    """A log through a disk that is full twice; what it said."""
+    said = []
+    log = logs.Log(str(path), said.append)
+    for step in range(500):
+        if step in (100, 300):
+            make_full()
+        if step == 250:
+            assert len(records(path)) < 250 and not log.flush()
+            make_room()
+        log.write({'iter': step, 'text': 'x' * (step % 90)})
+    assert not log.close() and len(said) == 3
+    make_room()
+    assert log.close() and len(said) == 4
+    assert [r['iter'] for r in records(path)] == list(range(500))
+    assert all('its lines wait in memory' in line for line in said[::2]) and all('no line is lost' in line for line in said[1::2])
+
+
+def test_a_full_disk_loses_no_line(small_disk):
+    fill_and_free(small_disk / 'log.jsonl', lambda: fill(small_disk), lambda: os.remove(small_disk / 'filler'))
+
+
+def test_a_file_that_may_not_grow_loses_no_line(tmp_path):
+    path, (soft, hard) = tmp_path / 'log.jsonl', resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # the next line but one is cut in its midst
+        fill_and_free(path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 150, hard)),
+                      lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_log_goes_on_where_the_run_does(tmp_path):
+    path = tmp_path / 'log.jsonl'
+    before = [{'iter': 0, 'val_loss': 2.0}, {'iter': 0, 'loss': 1.0}, {'iter': 5, 'loss': 1.0}, {'iter': 10, 'val_loss': 1.0},
+              {'iter': 10, 'loss': 1.0}]
+    for evaluated, kept in ((True, 4), (False, 3)):
+        path.write_text(''.join(json.dumps(r) + '\n' for r in before) + '{"iter": 11, "lo')  # a crash
+        log = logs.Log(str(path), print, first_iter=10, evaluated=evaluated)
+        assert records(path) == before[:kept]
+        log.write({'iter': 10, 'loss': 3.0})
+        assert records(path) == [*before[:kept], {'iter': 10, 'loss': 3.0}]  # at once, not when it is closed
+        assert log.close()
+    logs.Log(str(path), print, first_iter=4).close()
+    assert records(path) == before[:2]
+    logs.Log(str(path), print).close()
+    assert path.read_bytes() == b''
+    path.unlink()
+    assert logs.Log(str(path), print, first_iter=10).close() and path.read_bytes() == b''
+
+
+@pytest.mark.parametrize('line', [b'{"iter": 1, "lo', b'[1]', b'{"loss": 1}', b'{"iter": "1"}', b'\xff\xfe', b'\0\0', b''])
+def test_a_damaged_log_is_said_and_kept(tmp_path, line):
+    path = tmp_path / 'log.jsonl'
+    content = b'{"iter": 0}\n' + line + b'\n{"iter": 2}\n'
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r'is damaged \(line 2: .*\); move it away to go on without it') as e:
+        logs.Log(str(path), print, first_iter=3)
+    assert '\n' not in str(e.value) and path.read_bytes() == content
+    with pytest.raises(UserError, match='cannot be written'):
+        logs.Log(str(tmp_path / 'none' / 'log.jsonl'), print)
+
+
+def test_no_infinity_reaches_the_file(tmp_path):
+    path = tmp_path / 'log.jsonl'
+    logs.Log(str(path), print).write({'iter': 1, 'a': float('inf'), 'b': float('nan'), 'c': -float('inf'), 'd': None, 'e': 0.1})
+    assert path.read_text() == '{"iter": 1, "a": null, "b": null, "c": null, "d": null, "e": 0.1}\n'
