@@ -52,11 +52,12 @@ def wandb_run(folder, url='http://127.0.0.1:9', mode='online', seconds=15, meanw
            'WANDB_HTTP_TIMEOUT': '1'}
     started = time.monotonic()
     with open(folder.parent / 'printed', 'w+') as f:
-        code = subprocess.run([sys.executable, '-c', about + RUN], cwd=folder.parent, env=env, stdin=subprocess.DEVNULL, stdout=f,
-                              stderr=subprocess.STDOUT, timeout=60).returncode
+        code = subprocess.run([sys.executable, '-c', about + RUN], cwd=folder.parent, env=env,
+                              stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT, timeout=60).returncode
         f.seek(0)
         text = f.read()
-    assert code == 3 and 'Traceback' not in text, text
+    own = text.replace('--- Logging error ---\nTraceback', '')  # of wandb's own log, on a full disk
+    assert code == 3 and 'Traceback' not in own, text
     assert time.monotonic() - started < seconds + 15
     assert float(re.search(r'slowest (\S+)', text)[1]) < 0.5
     return text
@@ -121,7 +122,8 @@ def small_disk(tmp_path):
     """A file system of 256 KiB."""
     place = tmp_path / 'disk'
     place.mkdir()
-    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=256k', 'tmpfs', place], capture_output=True).returncode:
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=256k', 'tmpfs', place]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip('only root may mount a small file system, and not everywhere')
     yield place
     subprocess.run(['umount', '-l', place], check=True)
@@ -224,14 +226,15 @@ def fill_and_free(path, make_full, make_room):
         if step in (100, 300):
             make_full()
         if step == 250:
-            assert len(records(path)) < 250 and not log.flush()
+            assert path.read_bytes().count(b'\n') < 250 and not log.flush()
             make_room()
         log.write({'iter': step, 'text': 'x' * (step % 90)})
     assert not log.close() and len(said) == 3
     make_room()
     assert log.close() and len(said) == 4
     assert [r['iter'] for r in records(path)] == list(range(500))
-    assert all('its lines wait in memory' in line for line in said[::2]) and all('no line is lost' in line for line in said[1::2])
+    assert all('its lines wait in memory' in line for line in said[::2])
+    assert all('no line is lost' in line for line in said[1::2])
 
 
 def test_a_full_disk_loses_no_line(small_disk):
@@ -240,8 +243,8 @@ def test_a_full_disk_loses_no_line(small_disk):
 
 def test_a_file_that_may_not_grow_loses_no_line(tmp_path):
     path, (soft, hard) = tmp_path / 'log.jsonl', resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:  # the next line but one is cut in its midst
-        fill_and_free(path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 150, hard)),
+    try:  # the fourth line from there is cut in its midst
+        fill_and_free(path, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 140, hard)),
                       lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
