@@ -145,7 +145,7 @@ class Wandb:
         return not self.thread.is_alive()
 
     def _work(self):
-        over = False
+        over = False  # every record is handed over
         for offline in (False, True):
             try:
                 self.run = None
@@ -166,6 +166,7 @@ class Wandb:
 
     def _start(self, offline):
         """A run; the second one, offline, with a service of its own, as the first one's may be dead."""
+        os.environ.setdefault('WANDB_ERROR_REPORTING', 'false')  # else it waits at exit until its own failures are reported
         with _process_left_alone():
             import wandb
             if offline:

@@ -58,7 +58,7 @@ def wandb_run(folder, url='http://127.0.0.1:9', mode='online', seconds=15, meanw
         text = f.read()
     own = text.replace('--- Logging error ---\nTraceback', '')  # of wandb's own log, on a full disk
     assert code == 3 and 'Traceback' not in own, text
-    assert time.monotonic() - started < seconds + 15
+    assert time.monotonic() - started < seconds + 10
     assert float(re.search(r'slowest (\S+)', text)[1]) < 0.5
     return text
 
@@ -154,7 +154,7 @@ def test_wandb_out_of_reach_is_logged_offline_for_later(folder, how):
         silent = stack.enter_context(socket.create_server(('127.0.0.1', 0)))  # the system accepts, nobody answers
         url = {'down': 'http://127.0.0.1:9', 'silent': f'http://127.0.0.1:{silent.getsockname()[1]}',
                'broken': stack.enter_context(server(lambda path, body: (500, {})))}[how]
-        text = wandb_run(folder, url, seconds=25)
+        text = wandb_run(folder, url)
     assert text.count('wandb: failed, logging offline into') == 1 and 'finished True' in text
     assert 'offline-run-DATE-abcd1234' in runs(folder)
 
