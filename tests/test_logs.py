@@ -154,7 +154,7 @@ def test_wandb_out_of_reach_is_logged_offline_for_later(folder, how):
         silent = stack.enter_context(socket.create_server(('127.0.0.1', 0)))  # the system accepts, nobody answers
         url = {'down': 'http://127.0.0.1:9', 'silent': f'http://127.0.0.1:{silent.getsockname()[1]}',
                'broken': stack.enter_context(server(lambda path, body: (500, {})))}[how]
-        text = wandb_run(folder, url)
+        text = wandb_run(folder, url, seconds=10)
     assert text.count('wandb: failed, logging offline into') == 1 and 'finished True' in text
     assert 'offline-run-DATE-abcd1234' in runs(folder)
 
