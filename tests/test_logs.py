@@ -164,13 +164,15 @@ def test_wandb_that_falls_silent_is_waited_for_only_so_long(folder):
         text = wandb_run(folder, url, seconds=4)
     assert 'wandb: not finished after 4 s; `wandb sync' in text and 'finished False' in text
     assert runs(folder) == ['run-DATE-abcd1234']
+    assert next(folder.glob('wandb/run-*/*.wandb')).stat().st_size > 1000
 
 
 def test_a_service_that_dies_is_replaced_by_one_offline(folder):
     with server(lambda path, body: (200, {} if 'file_stream' in path else {'data': graphql(body)})) as url:
         text = wandb_run(folder, url, meanwhile=signal.SIGKILL)
-    assert text.count('wandb: failed, logging offline') == 1 and 'finished True' in text
+    assert text.count('wandb: failed') == text.count('wandb: failed, logging offline') == 1 and 'finished True' in text
     assert runs(folder) == ['offline-run-DATE-abcd1234', 'run-DATE-abcd1234']
+    assert next(folder.glob('wandb/offline-run-*/*.wandb')).stat().st_size > 1000  # with the records since
 
 
 def test_a_service_that_hangs_is_left_behind(folder):
