@@ -118,7 +118,7 @@ class Wandb:
         if not found or not found.origin:  # a folder of that name, as wandb makes them, looks like a package
             raise UserError('wandb_log=True needs wandb: pip install wandb')
         self.about = dict(project=project, name=name, config=dict(config), dir=dir, id=id, resume='allow')
-        self.say, self.run, self.dropped = say, None, False
+        self.say, self.run, self.dropped, self.given_up = say, None, False, False
         self.records = queue.Queue(10_000)
         self.thread = threading.Thread(target=self._work, name='wandb', daemon=True)
         self.thread.start()
@@ -134,15 +134,24 @@ class Wandb:
             self.dropped = True
 
     def finish(self, seconds=30):
-        """Waits until everything is sent, at most so long. True if nothing of wandb is at work any more."""
+        """Waits until everything is sent, at most so long and 10 s more to save the rest. True if nothing was left undone."""
         deadline = time.monotonic() + seconds
         if self.thread.is_alive():
             with contextlib.suppress(queue.Full):
                 self.records.put(None, timeout=seconds)
             self.thread.join(max(deadline - time.monotonic(), 0))
-        if self.thread.is_alive():
+        if not self.thread.is_alive():
+            return True
+        self.given_up = self.run is not None
+        ending = threading.Thread(target=_end_service, daemon=True)  # it writes to its folder what it has not sent
+        ending.start()
+        ending.join(5)
+        if not self.given_up:
+            self.thread.join(5)  # a start that hung has failed now, and the run can be written offline
+        if self.given_up or self.thread.is_alive():
             self.say(f'wandb: not finished after {seconds:g} s' + (self._rest() or '; it was never reached'))
-        return not self.thread.is_alive()
+            return False
+        return True
 
     def _work(self):
         over = False  # every record is handed over
@@ -157,6 +166,8 @@ class Wandb:
                 sys.modules['wandb'].teardown()
                 return
             except Exception as e:  # whatever it is: nothing of wandb is worth a run
+                if self.given_up:
+                    return
                 reason = f'{type(e).__name__}: {e}'.splitlines()[0][:100]
                 gives_up = over or offline
                 self.say('wandb: failed, ' + ('going on without it' if gives_up else 'logging offline into ' +
@@ -170,8 +181,7 @@ class Wandb:
         with _process_left_alone():
             import wandb
             if offline:
-                with contextlib.suppress(Exception, SystemExit):
-                    wandb.teardown()
+                _end_service()
             wandb.setup()
         # console: else print() goes through wandb, and waits for it; quiet: else it asks who we are, which takes its time
         settings = wandb.Settings(console='off', quiet=True)
@@ -182,6 +192,11 @@ class Wandb:
 
     def _rest(self):
         return f'; `wandb sync {os.path.dirname(self.run.dir)}` sends what it has' if self.run else ''
+
+
+def _end_service():
+    with contextlib.suppress(Exception, SystemExit):  # SystemExit: the service ended badly
+        sys.modules['wandb'].teardown()
 
 
 def _know_key(wandb):

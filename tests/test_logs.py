@@ -19,7 +19,7 @@ from conftest import ROOT
 import logs
 from configurator import UserError
 
-# a run in a process of its own, 2 seconds long; MEANWHILE may be a signal for wandb's service, after one of them
+# a run in a process of its own, a second long; MEANWHILE may be a signal for wandb's service, after one of them
 RUN = """
 import os, signal, subprocess, sys, time
 sys.path.insert(0, ROOT)
@@ -30,7 +30,7 @@ for step in range(40):
     started = time.perf_counter()
     run.log({'iter': step, 'loss': 1 / (step + 1)}, step)
     slowest = max(slowest, time.perf_counter() - started)
-    time.sleep(0.05)
+    time.sleep(0.03)
     if step == 20 and MEANWHILE:
         while not run.run:
             time.sleep(0.05)
@@ -44,12 +44,12 @@ sys.exit(3)
 """
 
 
-def wandb_run(folder, url='http://127.0.0.1:9', mode='online', seconds=15, meanwhile=0):
+def wandb_run(folder, url='http://127.0.0.1:9', mode='online', seconds=15, meanwhile=0, patience=2):
     """What a run beside that wandb server printed. Its end, and each call of log, must have come in time."""
     pytest.importorskip('wandb')
     about = f'ROOT, FOLDER, SECONDS, MEANWHILE = {str(ROOT)!r}, {str(folder)!r}, {seconds}, {int(meanwhile)}'
-    env = {**os.environ, 'WANDB_MODE': mode, 'WANDB_BASE_URL': url, 'WANDB_API_KEY': 'x' * 40, 'WANDB_INIT_TIMEOUT': '2',
-           'WANDB_HTTP_TIMEOUT': '1'}
+    env = {**os.environ, 'WANDB_MODE': mode, 'WANDB_BASE_URL': url, 'WANDB_API_KEY': 'x' * 40,
+           'WANDB_INIT_TIMEOUT': str(patience), 'WANDB_HTTP_TIMEOUT': '1'}
     started = time.monotonic()
     with open(folder.parent / 'printed', 'w+') as f:
         code = subprocess.run([sys.executable, '-c', about + RUN], cwd=folder.parent, env=env,
@@ -167,6 +167,13 @@ def test_wandb_that_falls_silent_is_waited_for_only_so_long(folder):
     assert next(folder.glob('wandb/run-*/*.wandb')).stat().st_size > 1000
 
 
+def test_a_run_that_ends_before_wandb_was_reached_is_written_offline(folder):
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+        text = wandb_run(folder, f'http://127.0.0.1:{silent.getsockname()[1]}', seconds=1, patience=60)
+    assert text.count('wandb: failed, logging offline') == 1 and 'finished True' in text
+    assert next(folder.glob('wandb/offline-run-*/*.wandb')).stat().st_size > 1000
+
+
 def test_a_service_that_dies_is_replaced_by_one_offline(folder):
     with server(lambda path, body: (200, {} if 'file_stream' in path else {'data': graphql(body)})) as url:
         text = wandb_run(folder, url, meanwhile=signal.SIGKILL)
@@ -176,9 +183,9 @@ def test_a_service_that_dies_is_replaced_by_one_offline(folder):
 
 
 def test_a_service_that_hangs_is_left_behind(folder):
-    text = wandb_run(folder, mode='offline', meanwhile=signal.SIGSTOP, seconds=4)
+    text = wandb_run(folder, mode='offline', meanwhile=signal.SIGSTOP, seconds=2)
     os.kill(int(re.search(r'service (\d+)', text)[1]), signal.SIGKILL)
-    assert 'wandb: not finished after 4 s' in text and 'finished False' in text
+    assert 'wandb: not finished after 2 s' in text and 'finished False' in text
 
 
 def test_wandb_on_a_full_disk(small_disk):
@@ -188,8 +195,7 @@ def test_wandb_on_a_full_disk(small_disk):
 
 def test_a_resumed_run_is_the_same_run_there(folder):
     for number in (1, 2):
-        time.sleep(1)  # the folders' names go by the second
-        assert 'finished True' in wandb_run(folder, mode='offline')
+        assert 'finished True' in wandb_run(folder, mode='offline')  # longer than the second by which its folder is named
         assert runs(folder) == ['offline-run-DATE-abcd1234'] * number
     ids = {logs.new_id() for _ in range(100)}
     assert len(ids) == 100 and all(re.fullmatch('[a-z0-9]{8}', id) for id in ids)
@@ -204,7 +210,7 @@ def test_what_wandb_has_no_room_for_is_dropped_and_said_once(monkeypatch):
         run.log({'iter': step}, step)
     assert said == ['wandb: 10,000 records wait for it; what finds no room is in log.jsonl only']
     started = time.monotonic()
-    assert not run.finish(0.5) and time.monotonic() - started < 5 and 'not finished after 0.5 s' in said[1]
+    assert not run.finish(0.5) and time.monotonic() - started < 15 and 'not finished after 0.5 s' in said[1]
     release.set()
 
 
