@@ -19,47 +19,79 @@ from conftest import ROOT
 import logs
 from configurator import UserError
 
-# a run in a process of its own, a second long; MEANWHILE may be a signal for wandb's service, after one of them
+# a run in a process of its own, a second long; MEANWHILE happens after half of it
 RUN = """
 import os, signal, subprocess, sys, time
 sys.path.insert(0, ROOT)
 import logs
-before = sys.exit, sys.excepthook
+logs.__file__ = SERVE
 run, slowest = logs.Wandb('project', 'name', {'setting': 1}, FOLDER, 'abcd1234', lambda *words: print(*words, flush=True)), 0
+print('process', run.process.pid, flush=True)
 for step in range(40):
+    if step == 20:
+        MEANWHILE
     started = time.perf_counter()
-    run.log({'iter': step, 'loss': 1 / (step + 1)}, step)
+    run.log({'iter': step, 'text': f'step-{step}.', 'loss': float('nan')}, step)
     slowest = max(slowest, time.perf_counter() - started)
-    time.sleep(0.03)
-    if step == 20 and MEANWHILE:
-        while not run.run:
-            time.sleep(0.05)
-        found = subprocess.run(['pgrep', '-P', str(os.getpid()), 'wandb-core'], capture_output=True, text=True, check=True)
-        print('service', int(found.stdout), flush=True)
-        os.kill(int(found.stdout), MEANWHILE)
+    time.sleep(0.02)
 finished = run.finish(SECONDS)
-assert (sys.exit, sys.excepthook) == before
 print('slowest', slowest, 'finished', finished, flush=True)
 sys.exit(3)
 """
 
+# wandb's process as it is, but for the time it has after the run
+SERVE = """
+import sys, threading
+sys.path.insert(0, ROOT)
+import logs
+logs.GRACE, timer = GRACE, threading.Timer
+threading.Timer = lambda seconds, *rest: timer(seconds / 5, *rest)
+logs._serve()
+"""
 
-def wandb_run(folder, url='http://127.0.0.1:9', mode='online', seconds=15, meanwhile=0, patience=2):
-    """What a run beside that wandb server printed. Its end, and each call of log, must have come in time."""
+# sends its service a signal, once there is one and it has begun the run
+SIGNAL_SERVICE = """
+        while not os.path.exists(FOLDER + '/wandb/latest-run'):
+            time.sleep(0.05)
+        time.sleep(0.5)
+        service = int(subprocess.run(['pgrep', '-P', str(run.process.pid)], capture_output=True, check=True).stdout)
+        print('service', service, flush=True)
+        os.kill(service, signal.%s)
+"""
+
+
+def is_over(pid):
+    return subprocess.run(['ps', '-o', 'stat=', '-p', str(pid)], capture_output=True, text=True).stdout[:1] in ('', 'Z')
+
+
+def wandb_run(folder, url='http://127.0.0.1:9', mode='online', seconds=15, grace=20, meanwhile='pass', patience=2, code=3,
+              key='x' * 40, scripts=None, **kwargs):
+    """What a run beside that wandb server printed. It must end in time, and each call of log; wandb's process must end, too."""
     pytest.importorskip('wandb')
-    about = f'ROOT, FOLDER, SECONDS, MEANWHILE = {str(ROOT)!r}, {str(folder)!r}, {seconds}, {int(meanwhile)}'
-    env = {**os.environ, 'WANDB_MODE': mode, 'WANDB_BASE_URL': url, 'WANDB_API_KEY': 'x' * 40,
+    serve = (scripts or folder.parent) / 'serve.py'
+    serve.write_text(f'ROOT, GRACE = {str(ROOT)!r}, {grace}' + SERVE)
+    about = f'ROOT, SERVE, FOLDER, SECONDS = {str(ROOT)!r}, {str(serve)!r}, {str(folder)!r}, {seconds}'
+    env = {**os.environ, 'WANDB_MODE': mode, 'WANDB_BASE_URL': url, 'WANDB_API_KEY': key, 'HOME': str(folder.parent),
            'WANDB_INIT_TIMEOUT': str(patience), 'WANDB_HTTP_TIMEOUT': '1'}
     started = time.monotonic()
-    with open(folder.parent / 'printed', 'w+') as f:
-        code = subprocess.run([sys.executable, '-c', about + RUN], cwd=folder.parent, env=env,
-                              stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.STDOUT, timeout=60).returncode
-        f.seek(0)
-        text = f.read()
-    own = text.replace('--- Logging error ---\nTraceback', '')  # of wandb's own log, on a full disk
-    assert code == 3 and 'Traceback' not in own, text
-    assert time.monotonic() - started < seconds + 10
-    assert float(re.search(r'slowest (\S+)', text)[1]) < 0.5
+    run = subprocess.Popen([sys.executable, '-c', about + RUN.replace('MEANWHILE', meanwhile), '--flag'], env=env, text=True,
+                           cwd=folder.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **kwargs)
+    text = ''
+    try:
+        text = run.communicate(timeout=60)[0]  # as `| tee` does, it waits for all that hold its output
+        assert run.returncode == code and 'Traceback' not in text and '\x1b' not in text, text
+        assert time.monotonic() - started < seconds + 5
+        assert code < 0 or float(re.search(r'slowest (\S+)', text)[1]) < 0.5
+        process = int(re.search(r'process (\d+)', text)[1])
+        assert 'not finished' not in text or not is_over(process)
+        while not is_over(process):
+            assert time.monotonic() - started < seconds + grace + 10, text
+            time.sleep(0.1)
+    finally:
+        for pid in [run.pid, *re.findall(r'^(?:process|service) (\d+)', text, re.MULTILINE)]:
+            with contextlib.suppress(OSError):
+                os.kill(int(pid), signal.SIGKILL)
+        run.wait()
     return text
 
 
@@ -117,6 +149,11 @@ def folder(tmp_path):
     return tmp_path / 'out'
 
 
+def steps_in(path):
+    """The steps whose records are in a .wandb file."""
+    return {int(n) for n in re.findall(rb'step-(\d+)\.', path.read_bytes())}
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 256 KiB."""
@@ -125,8 +162,10 @@ def small_disk(tmp_path):
     mount = ['mount', '-t', 'tmpfs', '-o', 'size=256k', 'tmpfs', place]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip('only root may mount a small file system, and not everywhere')
-    yield place
-    subprocess.run(['umount', '-l', place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(['umount', '-l', place], check=True)
 
 
 def fill(place):
@@ -143,9 +182,11 @@ def test_wandb_that_works_gets_every_record(folder):
         return 200, {} if 'file_stream' in path else {'data': graphql(body)}
     with server(answer) as url:
         text = wandb_run(folder, url)
-    assert 'finished True' in text and 'failed' not in text
+    assert 'finished True' in text and 'failed' not in text and f'wandb: {url}/e/project/runs/abcd1234' in text
     steps = {int(n) for body in sent for n in re.findall(rb'\\"iter\\":(\d+)', body)}
     assert steps == set(range(40)) and runs(folder) == ['run-DATE-abcd1234']
+    assert b'--flag' in next(folder.glob('wandb/run-*/*.wandb')).read_bytes()  # our command line, not its own
+    assert url in (folder / 'wandb.txt').read_text()
 
 
 @pytest.mark.parametrize('how', ['down', 'silent', 'broken'])
@@ -155,42 +196,72 @@ def test_wandb_out_of_reach_is_logged_offline_for_later(folder, how):
         url = {'down': 'http://127.0.0.1:9', 'silent': f'http://127.0.0.1:{silent.getsockname()[1]}',
                'broken': stack.enter_context(server(lambda path, body: (500, {})))}[how]
         text = wandb_run(folder, url, seconds=10)
-    assert text.count('wandb: failed, logging offline into') == 1 and 'finished True' in text
-    assert 'offline-run-DATE-abcd1234' in runs(folder)
+    assert text.count('wandb: failed') == text.count('wandb: offline; `wandb sync') == 1 and 'finished True' in text
+    assert steps_in(next(folder.glob('wandb/offline-run-*-abcd1234/*.wandb'))) == set(range(40))
+
+
+def test_nobody_is_asked_for_a_key(folder):
+    master, terminal = os.openpty()
+    try:
+        text = wandb_run(folder, key='', stdin=terminal)
+    finally:
+        os.close(master)
+        os.close(terminal)
+    assert 'wandb: failed (UsageError: No API key' in text and 'finished True' in text
 
 
 def test_wandb_that_falls_silent_is_waited_for_only_so_long(folder):
     with server(lambda path, body: None if 'file_stream' in path else (200, {'data': graphql(body)})) as url:
-        text = wandb_run(folder, url, seconds=4)
-    assert 'wandb: not finished after 4 s; `wandb sync' in text and 'finished False' in text
-    assert runs(folder) == ['run-DATE-abcd1234']
-    assert next(folder.glob('wandb/run-*/*.wandb')).stat().st_size > 1000
+        text = wandb_run(folder, url, seconds=1, grace=2)
+    assert 'wandb: not finished after 1 s' in text and 'finished False' in text
+    assert steps_in(next(folder.glob('wandb/run-*/*.wandb'))) == set(range(40))
 
 
 def test_a_run_that_ends_before_wandb_was_reached_is_written_offline(folder):
     with socket.create_server(('127.0.0.1', 0)) as silent:
-        text = wandb_run(folder, f'http://127.0.0.1:{silent.getsockname()[1]}', seconds=1, patience=60)
-    assert text.count('wandb: failed, logging offline') == 1 and 'finished True' in text
-    assert next(folder.glob('wandb/offline-run-*/*.wandb')).stat().st_size > 1000
+        text = wandb_run(folder, f'http://127.0.0.1:{silent.getsockname()[1]}', seconds=0.5, patience=3)
+    assert 'wandb: not finished after 0.5 s' in text and 'finished False' in text
+    assert steps_in(next(folder.glob('wandb/offline-run-*/*.wandb'))) == set(range(40))
 
 
 def test_a_service_that_dies_is_replaced_by_one_offline(folder):
     with server(lambda path, body: (200, {} if 'file_stream' in path else {'data': graphql(body)})) as url:
-        text = wandb_run(folder, url, meanwhile=signal.SIGKILL)
-    assert text.count('wandb: failed') == text.count('wandb: failed, logging offline') == 1 and 'finished True' in text
+        text = wandb_run(folder, url, meanwhile=SIGNAL_SERVICE % 'SIGKILL')
+    assert text.count('wandb: failed') == text.count('wandb: offline; `wandb sync') == 1 and 'finished True' in text
     assert runs(folder) == ['offline-run-DATE-abcd1234', 'run-DATE-abcd1234']
-    assert next(folder.glob('wandb/offline-run-*/*.wandb')).stat().st_size > 1000  # with the records since
+    assert steps_in(next(folder.glob('wandb/offline-run-*/*.wandb'))) >= set(range(22, 40))
 
 
 def test_a_service_that_hangs_is_left_behind(folder):
-    text = wandb_run(folder, mode='offline', meanwhile=signal.SIGSTOP, seconds=2)
-    os.kill(int(re.search(r'service (\d+)', text)[1]), signal.SIGKILL)
-    assert 'wandb: not finished after 2 s' in text and 'finished False' in text
+    text = wandb_run(folder, mode='offline', meanwhile=SIGNAL_SERVICE % 'SIGSTOP', seconds=1, grace=1)
+    assert 'wandb: not finished after 1 s' in text and 'finished False' in text
+
+
+def test_a_run_that_is_killed_is_finished_by_wandb(folder):
+    text = wandb_run(folder, mode='offline', meanwhile='os.kill(os.getpid(), signal.SIGKILL)', code=-signal.SIGKILL)
+    assert 'finished' not in text
+    assert steps_in(next(folder.glob('wandb/offline-run-*/*.wandb'))) == set(range(20))
+
+
+def test_ctrl_c_reaches_only_the_run(folder):
+    meanwhile = """
+        try:
+            time.sleep(1)
+            os.killpg(0, signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            print('interrupted', flush=True)
+"""
+    text = wandb_run(folder, mode='offline', meanwhile=meanwhile)
+    assert 'interrupted' in text and 'finished True' in text
+    assert steps_in(next(folder.glob('wandb/offline-run-*/*.wandb'))) == set(range(40))
 
 
 def test_wandb_on_a_full_disk(small_disk):
+    out = small_disk / 'out'
+    out.mkdir()
     fill(small_disk)
-    wandb_run(small_disk, mode='offline', seconds=4)
+    wandb_run(out, mode='offline', seconds=4, scripts=out.parent.parent)
 
 
 def test_a_resumed_run_is_the_same_run_there(folder):
@@ -201,17 +272,65 @@ def test_a_resumed_run_is_the_same_run_there(folder):
     assert len(ids) == 100 and all(re.fullmatch('[a-z0-9]{8}', id) for id in ids)
 
 
-def test_what_wandb_has_no_room_for_is_dropped_and_said_once(monkeypatch):
-    pytest.importorskip('wandb')
-    release, said = threading.Event(), []
-    monkeypatch.setattr(logs.Wandb, '_work', lambda self: release.wait())
-    run = logs.Wandb('project', 'name', {}, '.', logs.new_id(), said.append)
-    for step in range(10_100):
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    """A run beside a wandb that writes what it gets to the file got; it, what it said, and the file."""
+    (tmp_path / 'wandb.py').write_text(f"""
+class Run:
+    url, got = 'https://pretended', open({str(tmp_path / 'got')!r}, 'w')
+    def log(self, record, step):
+        assert record['iter'] == step
+        print(step, file=self.got, flush=True)
+    def finish(self, exit_code):
+        print('finished', exit_code, file=self.got, flush=True)
+def init(**about):
+    return Run()
+""")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+    said = []
+    run = logs.Wandb('project', 'name', {}, str(tmp_path), logs.new_id(), said.append)
+    try:
+        yield run, said, tmp_path / 'got'
+    finally:
+        run.process.kill()
+        run.process.wait()
+
+
+def test_what_finds_no_room_is_dropped_and_said_once(pretended):
+    run, said, got = pretended
+    os.kill(run.process.pid, signal.SIGSTOP)
+    started = time.perf_counter()
+    for step in range(100):
+        run.log({'iter': step, 'text': 'x' * 5000}, step)  # more than is written whole or not at all
+    assert time.perf_counter() - started < 1
+    assert said == ['wandb: its process takes no more records; what it does not take is in log.jsonl only']
+    os.kill(run.process.pid, signal.SIGCONT)
+    time.sleep(0.5)
+    run.log({'iter': 100}, 100)  # after a line that was cut
+    assert not run.finish(10) and said[1:] == ['wandb: https://pretended']
+    taken = got.read_text().split('\n')
+    assert taken[-3:] == ['100', 'finished 0', ''] and 5 < len(taken) < 30
+    assert taken[:-3] == [str(step) for step in range(len(taken) - 3)]
+    run.log({'iter': 101}, 101)  # neither does that fail
+
+
+def test_a_run_that_breaks_off_counts_as_failed(pretended):
+    run, said, got = pretended
+    run.log({'iter': 0}, 0)
+    run.process.stdin.close()
+    assert run.process.wait(10) == 0 and got.read_text() == '0\nfinished 1\n'
+
+
+def test_a_process_that_dies_is_said_once(pretended):
+    run, said, got = pretended
+    run.process.kill()
+    time.sleep(0.2)
+    for step in range(10):
         run.log({'iter': step}, step)
-    assert said == ['wandb: 10,000 records wait for it; what finds no room is in log.jsonl only']
-    started = time.monotonic()
-    assert not run.finish(0.5) and time.monotonic() - started < 15 and 'not finished after 0.5 s' in said[1]
-    release.set()
+    assert said == ['wandb: its process takes no more records; what it does not take is in log.jsonl only']
+    assert not run.finish(10) and len(said) == 1
 
 
 def test_wandb_not_installed_is_said_at_once(monkeypatch, tmp_path):
