@@ -182,9 +182,10 @@ def _serve():
     items, item = queue.Queue(), None
     threading.Thread(target=read, daemon=True).start()  # so that the pipe has room, however long wandb takes
     about = items.get()
-    with contextlib.suppress(OSError):  # a full disk
-        sys.stderr = open(os.path.join(about['dir'], 'wandb.txt'), 'a', buffering=1, encoding='utf-8')
-    out, sys.stdout = sys.stdout, sys.stderr
+    with contextlib.suppress(OSError), open(os.path.join(about['dir'], 'wandb.txt'), 'ab') as f:  # OSError: a full disk
+        os.dup2(f.fileno(), 2)
+    out = open(os.dup(1), 'w')  # to the run
+    os.dup2(2, 1)  # what wandb prints, and what its service does
     import wandb
     for mode in (None, 'offline'):  # None: as the user set it, or online
         try:

@@ -74,8 +74,9 @@ def wandb_run(folder, url='http://127.0.0.1:9', mode='online', seconds=15, grace
     env = {**os.environ, 'WANDB_MODE': mode, 'WANDB_BASE_URL': url, 'WANDB_API_KEY': key, 'HOME': str(folder.parent),
            'WANDB_INIT_TIMEOUT': str(patience), 'WANDB_HTTP_TIMEOUT': '1'}
     started = time.monotonic()
-    run = subprocess.Popen([sys.executable, '-c', about + RUN.replace('MEANWHILE', meanwhile), '--flag'], env=env, text=True,
-                           cwd=folder.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, **kwargs)
+    run = subprocess.Popen([sys.executable, '-c', about + RUN.replace('MEANWHILE', meanwhile), '--flag'], text=True, env=env,
+                           cwd=folder.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                           **kwargs)
     text = ''
     try:
         text = run.communicate(timeout=60)[0]  # as `| tee` does, it waits for all that hold its output
