@@ -172,8 +172,7 @@ def _serve():
         items.put(1)  # the exit code of a run that was killed
         time.sleep(GRACE)
         threading.Timer(10, os._exit, [1]).start()
-        wandb.teardown()  # which writes to its folder what it has not sent
-        os._exit(1)
+        wandb.teardown()  # it writes to its folder what it has not sent, and what waits for it below fails
 
     def tell(text):
         with contextlib.suppress(OSError):  # the run is over
