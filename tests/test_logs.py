@@ -217,6 +217,12 @@ def test_wandb_that_falls_silent_is_waited_for_only_so_long(folder):
         text = wandb_run(folder, url, seconds=1, grace=2)
     assert 'wandb: not finished after 1 s' in text and 'finished False' in text
     assert steps_in(next(folder.glob('wandb/run-*/*.wandb'))) == set(range(40))
+    assert runs(folder) == ['run-DATE-abcd1234']  # and no other, of nothing
+
+
+def test_a_wandb_that_never_ends_is_ended(folder):
+    (folder.parent / 'wandb.py').write_text("import time\ndef init(**about): time.sleep(1000)\nteardown = init")
+    assert 'not finished after 0.5 s' in wandb_run(folder, seconds=0.5, grace=1)
 
 
 def test_a_run_that_ends_before_wandb_was_reached_is_written_offline(folder):
