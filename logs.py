@@ -1,9 +1,8 @@
 """
 Where a run's figures go: log.jsonl in its folder, and Weights & Biases if wanted. Neither can stop the run or slow it: on a
-full disk lines wait in memory, and what talks to wandb is a thread of its own.
+full disk lines wait in memory, and what talks to wandb is a process of its own.
 """
 
-import atexit
 import collections
 import contextlib
 import importlib.util
@@ -12,6 +11,7 @@ import math
 import os
 import queue
 import secrets
+import subprocess
 import sys
 import threading
 import time
@@ -105,120 +105,107 @@ def new_id():
     return ''.join(secrets.choice('abcdefghijklmnopqrstuvwxyz0123456789') for _ in range(8))
 
 
+GRACE = 300  # seconds that wandb has after the run's end
+
+
 class Wandb:
     """
-    A run at Weights & Biases. All that wandb does, it does in a daemon thread: it may hang, fail or die there.
+    A run at Weights & Biases. All that wandb does, it does in a process of its own (`_serve`), which reads the records from a
+    pipe: it may hang, fail or die there. It outlives a run that ends or is killed, but by no more than GRACE seconds.
 
-    Where it cannot be reached or logged in to, the run is logged into a folder in `dir`, for `wandb sync` later; where that
-    fails too, not at all. Raises UserError if wandb is not installed.
+    Where wandb cannot be reached or logged in to, the run is logged into a folder in `dir`, for `wandb sync` later; where that
+    fails too, not at all. What wandb prints is in `dir`/wandb.txt. Raises UserError if wandb is not installed.
     """
 
     def __init__(self, project, name, config, dir, id, say):
         found = importlib.util.find_spec('wandb')
         if not found or not found.origin:  # a folder of that name, as wandb makes them, looks like a package
             raise UserError('wandb_log=True needs wandb: pip install wandb')
-        self.about = dict(project=project, name=name, config=dict(config), dir=dir, id=id, resume='allow')
-        self.say, self.run, self.dropped, self.given_up = say, None, False, False
-        self.records = queue.Queue(10_000)
-        self.thread = threading.Thread(target=self._work, name='wandb', daemon=True)
-        self.thread.start()
+        self.say, self.dropped = say, False
+        env = {**os.environ, 'WANDB_PROGRAM': sys.argv[0], 'WANDB_X_STATS_PID': str(os.getpid()),  # it shows us, not itself
+               'WANDB_CONSOLE': 'off', 'WANDB_QUIET': 'true', 'WANDB_ERROR_REPORTING': 'false'}  # nor waits for its own sake
+        # a session of its own, which Ctrl-C at the terminal does not reach, and no stream of ours, for which `| tee` would wait
+        self.process = subprocess.Popen([sys.executable, __file__, *sys.argv[1:]], env=env, bufsize=0, start_new_session=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self._hand_over(dict(project=project, name=name, config=config, dir=dir, id=id))
+        for pipe in (self.process.stdin, self.process.stdout):
+            os.set_blocking(pipe.fileno(), False)
 
     def log(self, record, step):
-        """Hands a record over. Never waits and never fails: what finds no room is dropped."""
-        try:
-            if self.thread.is_alive():
-                self.records.put_nowait((record, step))
-        except queue.Full:
-            if not self.dropped:
-                self.say(f'wandb: {self.records.maxsize:,} records wait for it; what finds no room is in log.jsonl only')
+        """Hands a record over. Never waits and never fails: what finds no room in the pipe is dropped."""
+        if not self._hand_over([record, step]) and not self.dropped:
             self.dropped = True
+            self.say('wandb: its process takes no more records; what it does not take is in log.jsonl only')
+        self._pass_on()
 
     def finish(self, seconds=30):
-        """Waits until everything is sent, at most so long and 10 s more to save the rest. True if nothing was left undone."""
-        deadline = time.monotonic() + seconds
-        if self.thread.is_alive():
-            with contextlib.suppress(queue.Full):
-                self.records.put(None, timeout=seconds)
-            self.thread.join(max(deadline - time.monotonic(), 0))
-        if not self.thread.is_alive():
-            return True
-        self.given_up = self.run is not None
-        ending = threading.Thread(target=_end_service, daemon=True)  # it writes to its folder what it has not sent
-        ending.start()
-        ending.join(5)
-        if not self.given_up:
-            self.thread.join(5)  # a start that hung has failed now, and the run can be written offline
-        if self.given_up or self.thread.is_alive():
-            self.say(f'wandb: not finished after {seconds:g} s' + (self._rest() or '; it was never reached'))
+        """Waits until everything is sent, but at most so long; then wandb goes on by itself. True if nothing is left to do."""
+        self._hand_over(0)
+        self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        self._pass_on()
+        if self.process.returncode is None:
+            self.say(f'wandb: not finished after {seconds:g} s; it goes on by itself for {GRACE // 60} minutes at most')
+        return self.process.returncode == 0 and not self.dropped
+
+    def _hand_over(self, item):
+        """Writes a line. False if not all of it found room: the next one's first byte ends what did, and `_serve` skips it."""
+        line = f'\n{json.dumps(item, default=str)}\n'.encode()
+        try:
+            return self.process.stdin.write(line) == len(line)
+        except (OSError, ValueError):  # the process is dead, or was told to finish
             return False
-        return True
 
-    def _work(self):
-        over = False  # every record is handed over
-        for offline in (False, True):
-            try:
-                self.run = None
-                self.run = self._start(offline)
-                while item := self.records.get():
-                    self.run.log(item[0], step=item[1])
-                over = True
-                self.run.finish()
-                sys.modules['wandb'].teardown()
-                return
-            except Exception as e:  # whatever it is: nothing of wandb is worth a run
-                if self.given_up:
-                    return
-                reason = f'{type(e).__name__}: {e}'.splitlines()[0][:100]
-                gives_up = over or offline
-                self.say('wandb: failed, ' + ('going on without it' if gives_up else 'logging offline into ' +
-                                              self.about['dir']) + f' ({reason})' + self._rest())
-                if gives_up:
-                    return
-
-    def _start(self, offline):
-        """A run; the second one, offline, with a service of its own, as the first one's may be dead."""
-        os.environ.setdefault('WANDB_ERROR_REPORTING', 'false')  # else it waits at exit until its own failures are reported
-        with _process_left_alone():
-            import wandb
-            if offline:
-                _end_service()
-            wandb.setup()
-        # console: else print() goes through wandb, and waits for it; quiet: else it asks who we are, which takes its time
-        settings = wandb.Settings(console='off', quiet=True)
-        with _process_left_alone():
-            if not offline:
-                _know_key(wandb)
-            return wandb.init(**self.about, settings=settings, **{'mode': 'offline'} if offline else {})
-
-    def _rest(self):
-        return f'; `wandb sync {os.path.dirname(self.run.dir)}` sends what it has' if self.run else ''
+    def _pass_on(self):
+        """Says what `_serve` tells."""
+        for line in (self.process.stdout.read(4096) or b'').decode().splitlines():
+            self.say(f'wandb: {line}')
 
 
-def _end_service():
-    with contextlib.suppress(Exception, SystemExit):  # SystemExit: the service ended badly
-        sys.modules['wandb'].teardown()
+def _serve():
+    """Wandb's process. It reads lines of JSON: what the run is, then a [record, step] each, and 0 if it came to its end."""
+    def read():
+        for line in sys.stdin:
+            with contextlib.suppress(ValueError):
+                items.put(json.loads(line))
+        items.put(1)  # the exit code of a run that was killed
+        time.sleep(GRACE)
+        threading.Timer(10, os._exit, [1]).start()
+        wandb.teardown()  # it writes to its folder what it has not sent, and what waits for it below fails
+
+    def tell(text):
+        with contextlib.suppress(OSError):  # the run is over
+            print(text, file=out, flush=True)
+
+    items, item = queue.Queue(), None
+    threading.Thread(target=read, daemon=True).start()  # so that the pipe has room, however long wandb takes
+    about = items.get()
+    with contextlib.suppress(OSError), open(os.path.join(about['dir'], 'wandb.txt'), 'ab') as f:  # OSError: a full disk
+        os.dup2(f.fileno(), 2)
+    out = open(os.dup(1), 'w')  # to the run
+    os.dup2(2, 1)  # what wandb prints, and what its service does
+    import wandb
+    for mode in (None, 'offline'):  # None: as the user set it, or online
+        try:
+            run = wandb.init(**about, resume='allow', mode=mode)
+            tell(run.url or f'offline; `wandb sync {os.path.dirname(run.dir)}` sends it')
+            item = item or items.get()
+            while isinstance(item, list):
+                run.log(item[0], step=item[1])
+                item = items.get()
+            run.finish(exit_code=item)
+            return
+        except Exception as e:
+            tell(f'failed ({type(e).__name__}: {e}'.splitlines()[0][:100] + ')')
+        if item in (0, 1):  # it has every record
+            break
+        with contextlib.suppress(Exception, SystemExit):  # SystemExit: its service, which may be dead, ended badly
+            wandb.teardown()
+    while item not in (0, 1):
+        item = items.get()
+    sys.exit(1)
 
 
-def _know_key(wandb):
-    """Raises wandb.Error where there is no key: wandb would ask for one at the terminal, in the midst of the run."""
-    if os.environ.get('WANDB_MODE', 'online') == 'online' and sys.stdin and sys.stdin.isatty():
-        with contextlib.suppress(TypeError):  # an older wandb, which cannot but ask
-            if not wandb.login(prompt=False, verify=False):
-                raise wandb.Error('no API key: run `wandb login` once')
-
-
-@contextlib.contextmanager
-def _process_left_alone():
-    """
-    Takes back what wandb does to the process when it starts its service: a hook at exit, which waits for all to be sent
-    however long that takes, and its own sys.exit and sys.excepthook, which prints every error a second time.
-    """
-    register, before = atexit.register, (sys.exit, sys.excepthook)
-
-    def register_others(call, *args, **kwargs):
-        return call if str(getattr(call, '__module__', '')).startswith('wandb.') else register(call, *args, **kwargs)
-    atexit.register = register_others
-    try:
-        yield
-    finally:
-        atexit.register, (sys.exit, sys.excepthook) = register, before
+if __name__ == '__main__':
+    _serve()
