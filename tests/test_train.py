@@ -272,9 +272,9 @@ def test_wandb_gets_the_log_and_its_absence_stops_nothing(place):
     run('train.py', *TINY, '--wandb_log', cwd=place)
     assert list((place / 'out' / 'tiny' / 'wandb').glob('offline-run-*/*.wandb'))
     nobody = {'WANDB_MODE': 'online', 'WANDB_BASE_URL': 'http://127.0.0.1:9', 'WANDB_API_KEY': 'x' * 40,
-              'WANDB_INIT_TIMEOUT': '3'}
+              'WANDB_INIT_TIMEOUT': '3', 'WANDB_HTTP_TIMEOUT': '1'}
     text, _ = run('train.py', *TINY, '--wandb_log', '--out_dir=out/alone', cwd=place, env=nobody)
-    assert 'logging offline' in text
+    assert 'offline; `wandb sync' in text
     assert losses(place / 'out' / 'alone') == losses(place / 'out' / 'tiny')
 
 
