@@ -18,6 +18,7 @@ reader is torchfile.py.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import math
 import os
@@ -43,10 +44,12 @@ def save(path, keep_last, also=(), **checkpoint):
     """
     Writes a checkpoint to `path` (.../ckpt.pt). The one that was there becomes .../ckpt.1.pt, and so on, until there are
     `keep_last`. `also` are further names for the new one, given before: files are replaced, never changed, so that they
-    can share their bytes. Raises OSError where there is no room; what was there before is there then.
+    can share their bytes. Raises OSError where there is no room; `path` is what it was then.
     """
     assert checkpoint.keys() == KEYS.keys(), checkpoint.keys() ^ KEYS.keys()
     fresh = f'{path}.new'
+    with contextlib.suppress(FileNotFoundError):  # of a crash
+        os.remove(fresh)
     with whole(fresh) as f:
         try:
             torch.save(checkpoint, f)
@@ -64,7 +67,8 @@ def save(path, keep_last, also=(), **checkpoint):
         os.replace(fresh, path)
         sync_folder(path)
     except OSError:
-        os.remove(fresh)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(fresh)
         raise
 
 
@@ -82,6 +86,7 @@ class Saver:
         self.path, self.keep_last, self.say, self.saved = path, keep_last, say, saved
         self.pool, self.writing = concurrent.futures.ThreadPoolExecutor(1), None
         self.time, self.problem = time.monotonic(), None  # of the last one
+        self.lost_best = False
 
     def save(self, also=(), **checkpoint):
         """Takes over a checkpoint that nobody changes any more, when the one before is written."""
@@ -93,14 +98,16 @@ class Saver:
         try:
             save(self.path, self.keep_last, also, **checkpoint)
         except OSError as e:
+            self.lost_best = any(name.endswith('best.pt') for name in also)
             self.problem = f"checkpoint of step {checkpoint['iter']} could not be written ({e.strerror or e})"
             return self.say(f'{self.problem}; the run goes on, and the one before is still there')
         self.problem = None
         self.saved(checkpoint['iter'], also)
 
-    def is_late(self, minutes):
-        """Whether the last one was so many minutes ago (0: never)."""
-        return 0 < minutes * 60 <= time.monotonic() - self.time
+    def news(self, minutes):
+        """Whether the last one was so many minutes ago (0: never), and, once, whether it should have become best.pt in vain."""
+        lost, self.lost_best = self.lost_best, False
+        return 0 < minutes * 60 <= time.monotonic() - self.time, lost
 
     def wait(self):
         """Returns when all is written; what went wrong with the last one, or None."""
@@ -223,6 +230,10 @@ def peek(path):
         return _read(path, tensors=False, checksums=False)
     except UserError:
         return None
+
+
+def best_val_loss(path):
+    return (peek(path) or {'best_val_loss': math.inf})['best_val_loss']
 
 
 def step_of(path):

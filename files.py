@@ -6,10 +6,12 @@ one is on the disk before it gets the name, and the name before the next step is
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import socket
+import sys
 
 from configurator import UserError
 
@@ -57,7 +59,8 @@ def sync_folder(path):
     if os.name == 'posix':
         folder = os.open(os.path.dirname(path) or '.', os.O_RDONLY)
         try:
-            os.fsync(folder)
+            with contextlib.suppress(OSError):  # a file system that knows no such thing
+                os.fsync(folder)
         finally:
             os.close(folder)
 
@@ -86,6 +89,10 @@ def alone(path, busy):
         except (BlockingIOError, PermissionError):
             f.seek(0)
             raise UserError(f'{busy} ({f.read(200).strip() or "unknown"} holds {path})') from None
+        except OSError as e:
+            if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            print(f'{path}: this file system knows no locks; see to it that nobody else writes there', file=sys.stderr)
         f.truncate(0)
         f.write(f'process {os.getpid()} on {socket.gethostname()}')
         f.flush()

@@ -125,7 +125,8 @@ class Wandb:
         env = {**os.environ, 'WANDB_PROGRAM': sys.argv[0], 'WANDB_X_STATS_PID': str(os.getpid()),  # it shows us, not itself
                'WANDB_CONSOLE': 'off', 'WANDB_QUIET': 'true', 'WANDB_ERROR_REPORTING': 'false'}  # nor waits for its own sake
         # a session of its own, which Ctrl-C at the terminal does not reach, and no stream of ours, for which `| tee` would wait
-        self.process = subprocess.Popen([sys.executable, __file__, *sys.argv[1:]], env=env, bufsize=0, start_new_session=True,
+        arguments = [arg for arg in sys.argv[1:] if not arg.startswith('--mirror')]  # which may hold credentials
+        self.process = subprocess.Popen([sys.executable, __file__, *arguments], env=env, bufsize=0, start_new_session=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self._hand_over(dict(project=project, name=name, config=config, dir=dir, id=id))
         for pipe in (self.process.stdin, self.process.stdout):
@@ -159,7 +160,7 @@ class Wandb:
 
     def _pass_on(self):
         """Says what `_serve` tells."""
-        for line in (self.process.stdout.read(4096) or b'').decode().splitlines():
+        for line in (self.process.stdout.read(4096) or b'').decode(errors='replace').splitlines():
             self.say(f'wandb: {line}')
 
 

@@ -7,8 +7,8 @@ A copy of a run away from the machine: `mirror='s3://bucket/run'`, or any other 
     kept/<iter>.pt       those of keep_every
     settings.json        the settings, for people to read
 
-No checkpoint is ever written over another one: a copy that was cut short, which many a file system shows under its full name,
-costs nothing but itself.
+No checkpoint is ever written over that of another step: a copy that was cut short, which many a file system shows under its
+full name, costs nothing but itself.
 
 Credentials and endpoint come from where the file system's package looks for them, not from here. For s3:// (s3fs) these are
 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION, and for a server that is not Amazon's AWS_ENDPOINT_URL (or
@@ -39,7 +39,7 @@ KINDS = ('last', 'best', 'kept')
 LIMIT = 20  # seconds that a server may take to answer
 SLOWEST = 2**18  # bytes per second; a copy that is slower counts as stuck
 LONGEST_PAUSE = 60  # seconds between two tries
-PATIENCE = 15  # seconds until `latest_step` and `fetch` give up
+PATIENCE = 30  # seconds until `latest_step` and `fetch` give up
 
 
 class Folder:
@@ -136,13 +136,13 @@ class Folder:
     def patiently(self, method, *args):
         """Calls a method until it succeeds or PATIENCE is over. Raises UserError then."""
         begun = time.monotonic()
-        while True:
+        for tries in itertools.count(1):
             try:
                 return method(*args)
             except UserError:
                 raise
             except Exception as e:  # whatever a file system raises
-                if isinstance(e, (FileNotFoundError, PermissionError)) or time.monotonic() - begun > PATIENCE:
+                if isinstance(e, (FileNotFoundError, PermissionError)) or tries > 2 and time.monotonic() - begun > PATIENCE:
                     raise UserError(f"mirror='{self.name}' cannot be reached ({self.reason(e)}), and it may hold this run; "
                                     "mend it and try again, or do without: --mirror=''") from None
                 time.sleep(1)
@@ -198,7 +198,9 @@ def fetch(url, out_dir, whole, say=print, newer_than=-1):
             os.replace(f'{best}.tmp', best)
         if logs:
             os.replace(f'{log}.tmp', log)
-        os.replace(f'{latest}.tmp', latest)  # at the very end: until then, out_dir holds no run
+        if os.path.exists(latest):
+            os.replace(latest, os.path.join(out_dir, 'ckpt.1.pt'))
+        os.replace(f'{latest}.tmp', latest)  # at the very end
         files.sync_folder(latest)
         return step
     finally:

@@ -30,9 +30,10 @@ def start(backend, device):
     """Joins the processes."""
     global host
     store, rank, world_size = fresh_store()
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+    # of an hour, in which the first process may have to wait for a disk or a mirror
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=datetime.timedelta(hours=1),
                             device_id=torch.device(device) if device.startswith('cuda') else None)
-    host = dist.new_group(backend='gloo') if backend != 'gloo' else dist.group.WORLD
+    host = dist.new_group(backend='gloo', timeout=datetime.timedelta(hours=1)) if backend != 'gloo' else dist.group.WORLD
 
 
 def fresh_store():

@@ -560,6 +560,6 @@ def _from_state(kind, state):
 
 def _count_ids(ids, name):
     """One more than the largest id. A list of what each stands for is made, so that few may stand for nothing."""
-    if not all(type(i) is int and 0 <= i < len(ids) + 2**16 for i in ids):
+    if not all(type(i) is int and 0 <= i < len(ids) + 2**20 for i in ids):
         raise UserError(f"tokenizer='{name}' has {len(ids)} tokens, but not all of their ids are numbers in that range")
     return max(ids) + 1

@@ -110,7 +110,7 @@ from files import alone, write_whole
 from generation import Sampling, generate, unknown_ids
 from health import Interruption, Numbers
 from logs import Log, Wandb, new_id
-from mirror import Mirror, fetch, latest_step
+from mirror import Folder, Mirror, fetch, latest_step
 from model import ModelConfig, Transformer
 from optim import make_optimizer, make_schedule
 from tokenizer import tokenizer_from_state
@@ -134,52 +134,53 @@ def say(*words):
 
 def find_run():
     """
-    On the first process: what `init_from` comes to, and the path of the checkpoint to begin from, '' for none. A run is resumed
-    from its latest checkpoint that is whole, and on a bare machine from the mirror's.
+    On the first process: what `init_from` comes to, the path of the checkpoint to begin from, '' for none, and whether it was
+    fetched. A run is resumed from its latest checkpoint that is whole, be it here or in the mirror.
     """
-    latest = os.path.join(out_dir, 'ckpt.pt')
+    latest, fetched = os.path.join(out_dir, 'ckpt.pt'), None
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise UserError(f"out_dir='{out_dir}' is a file; choose another --out_dir")
     if init_from not in ('scratch', 'resume', 'auto') and not os.path.exists(init_from) and not huggingface.hub_id(init_from):
         raise UserError(f"init_from='{init_from}' is neither scratch, nor resume, nor auto, nor a checkpoint or folder that is "
                         'there, nor an id on the Hugging Face hub such as HuggingFaceTB/SmolLM2-135M')
-    if os.path.isdir(out_dir):
-        lock_folder()
+    lock_folder()
     found = checkpoint.has_run(out_dir)
     if init_from not in ('resume', 'auto'):
         if found or mirror and latest_step(mirror) is not None:
-            where = f"out_dir='{out_dir}'" if found else f"mirror='{mirror}'"
-            raise UserError(f'{where} holds a run already; continue it with --init_from=resume, or choose another '
-                            f'{"--out_dir" if found else "--mirror"}')
-        return init_from, init_from if init_from != 'scratch' else ''
-    path, fetched = checkpoint.latest(out_dir, say, needed=not mirror) if found else None, None
-    here = checkpoint.step_of(path) if path else -1
-    if path and path != latest:
+            where, other = (f"out_dir='{out_dir}'", 'out_dir') if found else (f"mirror='{Folder(mirror).name}'", 'mirror')
+            raise UserError(f'{where} holds a run already; continue it with --init_from=resume, or choose another --{other}')
+        return init_from, init_from if init_from != 'scratch' else '', False
+    path = checkpoint.latest(out_dir, say, needed=not mirror) if found else None
+    if mirror:
+        try:
+            fetched = fetch(mirror, out_dir, checkpoint.verify, say, checkpoint.step_of(path) if path else -1)
+        except UserError as e:
+            if not path:
+                raise
+            say(f'{e}; going on from {path}')
+    if fetched is not None:
+        say(f'{latest}: fetched from the mirror, step {fetched}')
+    elif path and path != latest:
         if os.path.exists(latest):
             os.replace(latest, os.path.join(out_dir, 'ckpt.damaged.pt'))
         os.replace(path, latest)
-    if mirror and path == latest:
-        try:
-            there = latest_step(mirror) or 0
-        except UserError as e:
-            there = say(f'{e}; going on from {latest}') or 0
-        if there > here:
-            raise UserError(f"mirror='{mirror}' has step {there}, and out_dir='{out_dir}' step {here}: choose another "
-                            f'--mirror, or move {out_dir} away to go on from the mirror')
-    elif mirror:
-        fetched = fetch(mirror, out_dir, checkpoint.verify, say, newer_than=here)
-    if fetched is not None:
-        say(f'{latest}: fetched from the mirror, step {fetched}')
     elif found and not path:
         raise UserError(f"out_dir='{out_dir}' holds a run, but no checkpoint of it is whole; choose another --out_dir")
     elif not found and init_from == 'resume':
         raise UserError(f"init_from='resume', but out_dir='{out_dir}' holds no ckpt.pt; start with --init_from=scratch")
-    return ('scratch', '') if fetched is None and not found else ('resume', latest)
+    return ('resume', latest, fetched is not None) if found or fetched is not None else ('scratch', '', False)
+
+
+def remove_empty_folder():
+    with contextlib.suppress(OSError):
+        os.removedirs(out_dir)
 
 
 def lock_folder():
     """Makes `out_dir`; until this process ends, however it ends, no other trainer writes there."""
     busy = f"out_dir='{out_dir}': another trainer writes there; wait for it, or choose another --out_dir"
+    if not os.path.isdir(out_dir):
+        at_the_end.callback(remove_empty_folder)  # if nothing has come of it
     try:
         os.makedirs(out_dir, exist_ok=True)
         at_the_end.enter_context(alone(os.path.join(out_dir, 'lock'), busy))
@@ -215,10 +216,11 @@ def take_over_settings(loaded, path):
     for key, value in loaded['config'].items():
         if key not in config or key in OF_THE_MACHINE or not goes_on and key not in MODEL_SETTINGS:
             continue
+        now = pick_dtype(dtype, device) if key == 'dtype' else config[key]
         if config.source[key] == 'default':
             config[key] = globals()[key] = value
-        elif config[key] != value and (goes_on or key not in ('dropout', 'vocab_size')):
-            changed.append(f'{key} was {value!r}, is now {config[key]!r} ({config.source[key]})')
+        elif now != value and (goes_on or key not in ('dropout', 'vocab_size')):
+            changed.append(f'{key} was {value!r}, is now {now!r} ({config.source[key]})')
     former = checkpoint.model_config(loaded, path)
     was, now = dataclasses.asdict(former), dataclasses.asdict(model_config(former.vocab_size))
     free = {'dropout', 'init_std', 'zero_init'}
@@ -313,7 +315,8 @@ def try_gradient(model, windows):
 def largest_micro_batch():
     """The most windows at once, of those that divide a process's share of the step, that every process has memory for."""
     # bytes to come: gradients that stay from one micro-step to the next, and moments, which a former run's optimizer has
-    later = (4 if goes_on else 12) * sum(p.numel() for p in raw_model.parameters())
+    later = (4 if goes_on else 12) + (12 if device == 'cpu' else 0)  # the second, the copy that is being saved
+    later *= sum(p.numel() for p in raw_model.parameters())
     sizes = [n for n in range(1, share + 1) if share % n == 0]
     n = torch.tensor(most_that_fit(sizes, lambda n: try_gradient(raw_model, n), device, later), device=device)
     if under_torchrun:
@@ -326,7 +329,11 @@ def largest_micro_batch():
 
 def restore(loaded):
     """Sets the loop to where a checkpoint stands, all but the weights: moments and counters, not hyper-parameters."""
-    global first_iter, first_tokens
+    global first_iter, first_tokens, best_val_loss
+    if parallel.total(loaded['iter'])[0] != world_size * loaded['iter']:
+        raise UserError(f'the processes have read checkpoints of different steps from {out_dir}; start again')
+    best = parallel.by_the_first(checkpoint.best_val_loss, os.path.join(out_dir, 'best.pt'))  # maybe of a step to come
+    best_val_loss = min(best, loaded['best_val_loss'])
     parallel.load_moments(opt, loaded['optimizer'], fsdp)
     if loaded['scaler'] and scaler.is_enabled():
         scaler.load_state_dict(loaded['scaler'])
@@ -371,17 +378,20 @@ def report(**record):
 
 
 def keep_bad_batch(it, wrong, micro_batches):
-    """Writes this process's windows of a step, as text, to out_dir/bad_batches; returns the path ('' beyond 100 of them)."""
-    folder = os.path.join(out_dir, 'bad_batches')
-    os.makedirs(folder, exist_ok=True)
-    if len(os.listdir(folder)) >= 100:
-        return 'no file, as there are 100 already'
+    """Writes this process's windows of a step, as text, to out_dir/bad_batches; returns the path, or why there is none."""
+    folder = os.path.join(out_dir, 'bad_batches', f'step_{it}')
     text = f'step {it}, process {rank} of {world_size}: {wrong}\n'
     for n, ids in enumerate(row for x, _ in micro_batches for row in x.tolist()):
         source, window, _ = order.locate(it + loop['data_shift'], rank * share + n)
         text += f'\n-------- {names[source]}, window {window}\n{tokenizer.decode(ids)}\n'
-    path = os.path.join(folder, f'step_{it}_process_{rank}.txt')
-    write_whole(path, text.encode('utf-8', 'replace'))
+    path = os.path.join(folder, f'process_{rank}.txt')
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if len(os.listdir(os.path.dirname(folder))) > 100:
+            return 'no file, since there are those of 100 steps already'
+        write_whole(path, text.encode('utf-8', 'replace'))
+    except OSError as e:
+        return f'no file ({e.strerror})'
     return path
 
 
@@ -418,6 +428,8 @@ def go_back(it, why):
 
 def save(it, improved=False):
     """Has a checkpoint of step `it` written beside the training, from a copy. Every process calls it."""
+    if rank == 0:
+        saver.wait()  # so that there is one copy at a time
     weights = raw_model.state_dict()
     if shape.tie_weights:  # one tensor under two names, also in the copy
         del weights['lm_head.weight']
@@ -427,7 +439,7 @@ def save(it, improved=False):
             weights['lm_head.weight'] = weights['wte.weight']
         also = ['best.pt'] * improved + [f'ckpt_{it}.pt'] * bool(keep_every and it % keep_every == 0)
         saver.save([os.path.join(out_dir, name) for name in also], model=weights, model_config=dataclasses.asdict(shape),
-                   tokenizer=tokenizer.state(), config=config | {'dtype': dtype, 'init_from': begun_from, 'mirror': ''},
+                   tokenizer=tokenizer.state(), config=public_config,
                    data=manifests, hardware=hardware, iter=it, tokens=tokens_seen(it), optimizer=moments,
                    scaler=scaler.state_dict(), loop=loop | numbers.state, elapsed=elapsed + time.perf_counter() - started,
                    best_val_loss=best_val_loss)
@@ -437,7 +449,7 @@ def copy_away(it, also=()):
     """Has the checkpoint of step `it` copied to the mirror; `also` are its further names."""
     if copies:
         names = [os.path.basename(name) for name in also]
-        copies.copy(it, saver.path, log.path, config | {'mirror': ''}, best='best.pt' in names, kept=f'ckpt_{it}.pt' in names)
+        copies.copy(it, saver.path, log.path, public_config, best='best.pt' in names, kept=f'ckpt_{it}.pt' in names)
 
 
 def tokens_seen(it):
@@ -516,7 +528,7 @@ if under_torchrun:
     backend = ('nccl' if device.startswith('cuda') else 'gloo') if backend == 'auto' else backend
     parallel.start(backend, device)
 by_itself = init_from == 'auto'
-init_from, loaded_path = parallel.by_the_first(find_run)
+init_from, loaded_path, was_fetched = parallel.by_the_first(find_run)
 resumes = init_from == 'resume'
 loaded = checkpoint.load_any(loaded_path) if loaded_path else None
 branches = not resumes and loaded is not None and branches_off(loaded)
@@ -573,7 +585,7 @@ if shape.vocab_size < needed:
 torch.manual_seed(seed)
 raw_model = Transformer(shape)  # the plain module, whose names checkpoints use
 raw_model.checkpoint_activations = checkpoint_activations
-first_iter, first_tokens, elapsed, best_val_loss = 0, 0, 0.0, math.inf
+first_iter, first_tokens, elapsed, best_val_loss, former_best = 0, 0, 0.0, math.inf, math.inf
 numbers = Numbers(max_spike)
 loop = {  # what else a resumed run has to know
     'done': -1,  # the step whose evaluation and samples are done: an interrupted run leaves them to the one that goes on
@@ -601,8 +613,6 @@ if goes_on:
                         'leave it out')
     restore(loaded)
     elapsed = loaded['elapsed']
-    best = checkpoint.peek(os.path.join(out_dir, 'best.pt')) or loaded  # which may be of a step to come
-    best_val_loss = min(loaded['best_val_loss'], best['best_val_loss'])
     begun_from = loaded['config']['init_from'] if resumes else begun_from
     machines = loaded['hardware'].split(', then ') if loaded['hardware'] else []
     hardware = ', then '.join(machines if machines[-1:] == [hardware] else [*machines, hardware])
@@ -619,17 +629,16 @@ model, ddp_model = try_compile(raw_model) if wants_compile else (raw_model, wrap
 
 # ---- the loop
 
+public_config = config | {'dtype': dtype, 'init_from': begun_from, 'mirror': ''}  # a URL may hold credentials
 wandb_run = saver = None
 if rank == 0:
-    if not os.path.exists(os.path.join(out_dir, 'lock')):
-        lock_folder()
     log = open_log()
     if wandb_log:
         loop['wandb_id'] = loop['wandb_id'] or new_id()
-        wandb_run = Wandb(wandb_project, wandb_run_name or out_dir, config, out_dir, loop['wandb_id'], say)
+        wandb_run = Wandb(wandb_project, wandb_run_name or out_dir, public_config, out_dir, loop['wandb_id'], say)
     saver = checkpoint.Saver(os.path.join(out_dir, 'ckpt.pt'), keep_last, say, copy_away)
     copies = Mirror(mirror, max(keep_last, 2), say) if mirror else None
-    if resumes:  # what the former process did not come to
+    if resumes and not was_fetched:  # what the former process did not come to
         copy_away(first_iter)
 peak = peak_flops(device)
 say(f'{raw_model.count_parameters():,} parameters; {max_iters:,} steps of {tokens_per_step:,} tokens (processes {world_size} x '
@@ -646,7 +655,9 @@ while True:
 
     # 1. evaluate, save, sample; a resumed run did so before it stopped
     last = it == max_iters
-    interrupted, late = parallel.total(interruption.signal, saver is not None and saver.is_late(checkpoint_minutes))
+    interrupted, late, lost = parallel.total(interruption.signal, *saver.news(checkpoint_minutes) if saver else (0, 0))
+    if lost:  # the best could not be written
+        best_val_loss = former_best
     evaluates = val_splits and (it % eval_interval == 0 or last) and not interrupted
     saves = last or it > 0 and it % (checkpoint_interval or eval_interval) == 0 or late or interrupted
     samples = it > 0 and sample_interval and (it % sample_interval == 0 or last) and not interrupted
@@ -658,7 +669,8 @@ while True:
         if evaluates:
             figures = evaluate()
             improved = figures['val_loss'] < best_val_loss and it > 0
-            best_val_loss = figures['val_loss'] if improved else best_val_loss
+            if improved:
+                former_best, best_val_loss = best_val_loss, figures['val_loss']
             report(iter=it, tokens=tokens_seen(it), **figures, time=elapsed + time.perf_counter() - started)
             say(f'iter {it}: ' + ', '.join(f'{key} {value:.4f}' for key, value in figures.items()))
         if not interrupted:
@@ -691,7 +703,7 @@ while True:
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     if under_torchrun:
         dist.all_reduce(loss)
-    loss, grad_norm = loss.item() / world_size, (grad_norm.full_tensor() if fsdp else grad_norm).item()  # waits for the device
+    loss, grad_norm = torch.stack((loss / world_size, grad_norm.full_tensor() if fsdp else grad_norm)).tolist()  # waits
 
     # 3. step, unless its numbers are wrong: they are the same on all processes, and so is what is done
     wrong = numbers.wrong(loss, grad_norm, scaler)
@@ -727,7 +739,7 @@ problem = saver.wait() if saver else None
 if rank == 0 and not log.close():
     problem = problem or f'{log.path} could not be written to its end'
 if rank == 0 and copies:
-    copies.close(60 if interrupted else 600)
+    copies.close(60 if interruption.signal else 600)
 if wandb_run:
     wandb_run.finish(15 if interrupted else 30)
 if problem:
@@ -741,9 +753,10 @@ else:
         (f', best validation loss {best_val_loss:.4f}' if val_splits else '') +
         f'. Now let it write:\n    python sample.py --out_dir={out_dir}')
 if under_torchrun:
-    dist.barrier()  # the first process may still be saving and sampling
+    parallel.total(0)  # the first process may still be saving and copying
 at_the_end.close()
-sys.stdout.flush()
+with contextlib.suppress(OSError):
+    sys.stdout.flush()
 if under_torchrun:
     os._exit(code)  # to take the process group down in good order aborts now and then, with gloo's threads still at work
 sys.exit(code)

@@ -1,5 +1,6 @@
 """What the tests share: the repository's scripts run as a user runs them, each in a folder of its own."""
 
+import email
 import json
 import os
 import signal
@@ -24,6 +25,8 @@ os.environ['WANDB_MODE'] = 'offline'
 TINY = ('--dataset=tiny --device=cpu --dtype=float32 --block_size=16 --batch_size=4 --n_layer=2 --n_head=4 --n_kv_head=2 '
         '--n_embd=32 --max_iters=20 --eval_interval=10 --eval_iters=2 --log_interval=1 --sample_interval=0 '
         '--warmup_iters=2 --out_dir=out/tiny').split()
+SOURCE = Path(email.__file__).parent  # text that does not change with this repository
+PREPARE_TINY = [f'--source={SOURCE}', '--include=*.py', '--name=tiny', '--val_fraction=0.2']
 GPT2 = '--norm=layernorm --mlp=gelu --pos=learned --bias=True --n_kv_head=0'.split()
 
 
@@ -90,10 +93,9 @@ def write_tokens(folder, train, val=None, mask=None, vocab_size=257):
 
 @pytest.fixture(scope='session')
 def prepared(tmp_path_factory):
-    """A folder in which data/tiny (this repository's own source) and data/owl are prepared; tests do not write to it."""
+    """A folder in which data/tiny (the source of a package of Python's) and data/owl are prepared; tests do not write to it."""
     folder = tmp_path_factory.mktemp('prepared')
-    run('prepare.py', f'--source={ROOT}', '--include=*.py', '--name=tiny', '--val_fraction=0.2', '--exclude=.* out venv data',
-        cwd=folder)
+    run('prepare.py', *PREPARE_TINY, cwd=folder)
     run('prepare.py', str(ROOT / 'data' / 'owl.py'), cwd=folder)
     return folder
 

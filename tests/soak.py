@@ -24,13 +24,16 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from conftest import ROOT, S3, TINY, losses, run
+from conftest import PREPARE_TINY, ROOT, S3, TINY, losses, run
 
 STEPS = 3000  # of a run; it is killed long before
 
 
-def soak(folder, kills, processes, seed, say=print):
-    """Raises AssertionError where the killed run differs; returns how often what happened."""
+def soak(folder, kills, processes, seed, say=print, pause=6):
+    """
+    Raises AssertionError where the killed run differs; returns how often what happened. `pause`: seconds between two kills, at
+    most.
+    """
     chance, happened = random.Random(seed), {}
     args = [arg for arg in TINY if not arg.startswith('--log_interval')] + [
         f'--max_iters={STEPS}', '--schedule=constant', '--dropout=0.1', '--checkpoint_interval=20', '--eval_interval=50',
@@ -51,22 +54,30 @@ def soak(folder, kills, processes, seed, say=print):
         return subprocess.Popen([*launcher, str(ROOT / 'train.py'), *command, *more], cwd=folder, start_new_session=True,
                                 stdout=log, stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
+    def find_workers():
+        found = subprocess.run(['pgrep', '-P', str(process.pid), '-f', 'train.py'], capture_output=True, text=True)
+        return [int(pid) for pid in found.stdout.split()]
+
     def kill_all():
+        workers = find_workers()  # which have sessions of their own under torchrun
         os.killpg(process.pid, signal.SIGKILL)
-        subprocess.run(['pkill', '-KILL', '-P', str(process.pid)])  # torchrun's workers have sessions of their own
         process.wait()
+        for worker in workers:
+            while os.path.exists(f'/proc/{worker}') and Path(f'/proc/{worker}/stat').read_text().split()[2] != 'Z':
+                os.kill(worker, signal.SIGKILL)
+                time.sleep(0.01)
 
     try:
         with open(folder / f'printed_{processes}.txt', 'wb') as log:
             process, done = launch(), 0
             while done < kills:
-                time.sleep(chance.uniform(0, 8))
+                time.sleep(chance.uniform(0, pause))
                 if process.poll() is not None:
                     assert process.returncode in (0, 1, 128 + signal.SIGTERM), f'exit code {process.returncode}, see {log.name}'
                     process = launch()
                     continue
                 how = chance.choice(['kill -9', 'SIGTERM', 'kill -9 of a worker' if processes > 1 else 'kill -9'])
-                workers = subprocess.run(['pgrep', '-P', str(process.pid), '-f', 'train.py'], capture_output=True).stdout
+                workers = find_workers()
                 count(how)
                 done += 1
                 if how == 'SIGTERM':
@@ -76,7 +87,7 @@ def soak(folder, kills, processes, seed, say=print):
                     except subprocess.TimeoutExpired:
                         kill_all()
                 elif how == 'kill -9 of a worker' and workers:
-                    os.kill(int(chance.choice(workers.split())), signal.SIGKILL)
+                    os.kill(chance.choice(workers), signal.SIGKILL)
                     continue  # torchrun sees to it
                 else:
                     kill_all()
@@ -122,8 +133,7 @@ if __name__ == '__main__':
     for processes in (1, 2):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            run('prepare.py', f'--source={ROOT}', '--include=*.py', '--name=tiny', '--val_fraction=0.2',
-                '--exclude=.* out venv data', cwd=folder)
+            run('prepare.py', *PREPARE_TINY, cwd=folder)
             happened = soak(folder, arguments.kills, processes, arguments.seed, lambda line: print(line, flush=True))
         print(f'{processes} process{"es" * (processes > 1)}: ' + ', '.join(f'{n} {what}' for what, n in happened.items()) +
               ': every loss and all weights are the same', flush=True)

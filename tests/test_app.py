@@ -102,7 +102,8 @@ def test_texts_stream_and_stop_and_checkpoints_are_chosen(tiny, browser):
         page.click('#model input')
         names = page.get_by_role('option').all_inner_texts()
         assert [re.sub(r'^\W*', '', name) for name in names] == [
-            'ckpt.pt, step 20', 'best.pt, step 20', 'ckpt_10.pt, step 10', 'ckpt_20.pt, step 20', 'junk.pt']
+            'ckpt.pt, step 20', 'best.pt, step 20', 'ckpt_10.pt, step 10', 'ckpt_20.pt, step 20', 'ckpt.1.pt, step 10',
+            'junk.pt']
         assert not page.get_by_role('tab', name='Chat').is_visible()  # the model has no chat template
         page.get_by_role('option', name='junk.pt').click()
         page.get_by_text('junk.pt is not a checkpoint').wait_for()  # a mistake is one line on the page

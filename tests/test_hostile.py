@@ -58,7 +58,7 @@ def contents():
             'config': {'batch_size': 2, 'learning_rate': 0.1, 'dataset': 'x', 'bias': False},
             'tokenizer': {'kind': 'bytes', 'name': 'bytes'},
             'data': {'x': {'note': '', 'source': '', 'files': {'train.bin': entry}}},
-            'hardware': 'x', 'iter': 3, 'tokens': 24, 'elapsed': 1.0, 'best_val_loss': 2.0}
+            'hardware': 'x', 'loop': {}, 'iter': 3, 'tokens': 24, 'elapsed': 1.0, 'best_val_loss': 2.0}
 
 
 GOOD = contents()

@@ -37,7 +37,7 @@ class Run:
         self.longest = 0.0  # seconds that a copy took of the run's time
 
     def save(self, step, **kinds):
-        checkpoint.save(self.folder / 'ckpt.pt', **self.loaded | {'iter': step})
+        checkpoint.save(str(self.folder / 'ckpt.pt'), 1, **self.loaded | {'iter': step})
         with open(self.folder / 'log.jsonl', 'a') as f:
             f.write(json.dumps({'iter': step}) + '\n')
         self.bytes[step] = (self.folder / 'ckpt.pt').read_bytes(), (self.folder / 'log.jsonl').read_bytes()
