@@ -88,7 +88,6 @@ seed = 1337  # of the initial weights, the order of the data, and dropout
 config = configure(globals())
 
 # torch takes seconds to import: a mistyped setting is found before
-import atexit
 import contextlib
 import dataclasses
 import math
@@ -104,13 +103,14 @@ import torch.distributed as dist
 import checkpoint
 import huggingface
 import parallel
+import run_folder
 from dataset import Split, TrainingOrder, folder_of, hash_ints, parse_mix, read_ahead, read_meta, read_tokenizer, val_batches
 from device import autocast, device_name, most_that_fit, not_compiled, peak_flops, pick_device, pick_dtype, set_up, synchronize
-from files import alone, write_whole
+from files import write_whole
 from generation import Sampling, generate, unknown_ids
 from health import Interruption, Numbers
 from logs import Log, Wandb, new_id
-from mirror import Folder, Mirror, fetch, latest_step
+from mirror import Mirror
 from model import ModelConfig, Transformer
 from optim import make_optimizer, make_schedule
 from tokenizer import tokenizer_from_state
@@ -130,63 +130,6 @@ def say(*words):
     if rank == 0:
         with contextlib.suppress(OSError):  # where it goes to may be full, or gone
             print(*words, flush=True)
-
-
-def find_run():
-    """
-    On the first process: what `init_from` comes to, the path of the checkpoint to begin from, '' for none, and whether it was
-    fetched. A run is resumed from its latest checkpoint that is whole, be it here or in the mirror.
-    """
-    latest, fetched = os.path.join(out_dir, 'ckpt.pt'), None
-    if os.path.exists(out_dir) and not os.path.isdir(out_dir):
-        raise UserError(f"out_dir='{out_dir}' is a file; choose another --out_dir")
-    if init_from not in ('scratch', 'resume', 'auto') and not os.path.exists(init_from) and not huggingface.hub_id(init_from):
-        raise UserError(f"init_from='{init_from}' is neither scratch, nor resume, nor auto, nor a checkpoint or folder that is "
-                        'there, nor an id on the Hugging Face hub such as HuggingFaceTB/SmolLM2-135M')
-    lock_folder()
-    found = checkpoint.has_run(out_dir)
-    if init_from not in ('resume', 'auto'):
-        if found or mirror and latest_step(mirror) is not None:
-            where, other = (f"out_dir='{out_dir}'", 'out_dir') if found else (f"mirror='{Folder(mirror).name}'", 'mirror')
-            raise UserError(f'{where} holds a run already; continue it with --init_from=resume, or choose another --{other}')
-        return init_from, init_from if init_from != 'scratch' else '', False
-    path = checkpoint.latest(out_dir, say, needed=not mirror) if found else None
-    if mirror:
-        try:
-            fetched = fetch(mirror, out_dir, checkpoint.verify, say, checkpoint.step_of(path) if path else -1)
-        except UserError as e:
-            if not path:
-                raise
-            say(f'{e}; going on from {path}')
-    if fetched is not None:
-        say(f'{latest}: fetched from the mirror, step {fetched}')
-    elif path and path != latest:
-        if os.path.exists(latest):
-            os.replace(latest, os.path.join(out_dir, 'ckpt.damaged.pt'))
-        os.replace(path, latest)
-    elif found and not path:
-        raise UserError(f"out_dir='{out_dir}' holds a run, but no checkpoint of it is whole; choose another --out_dir")
-    elif not found and init_from == 'resume':
-        raise UserError(f"init_from='resume', but out_dir='{out_dir}' holds no ckpt.pt; start with --init_from=scratch")
-    return ('resume', latest, fetched is not None) if found or fetched is not None else ('scratch', '', False)
-
-
-def remove_empty_folder():
-    with contextlib.suppress(OSError):
-        os.removedirs(out_dir)
-
-
-def lock_folder():
-    """Makes `out_dir`; until this process ends, however it ends, no other trainer writes there."""
-    busy = f"out_dir='{out_dir}': another trainer writes there; wait for it, or choose another --out_dir"
-    if not os.path.isdir(out_dir):
-        at_the_end.callback(remove_empty_folder)  # if nothing has come of it
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-        at_the_end.enter_context(alone(os.path.join(out_dir, 'lock'), busy))
-    except OSError as e:
-        raise UserError(f"out_dir='{out_dir}' cannot be written ({e.strerror}); make room, or choose another "
-                        '--out_dir') from None
 
 
 def branches_off(loaded):
@@ -401,6 +344,7 @@ def go_back(it, why):
     did so before, or has no checkpoint.
     """
     global log, steps
+
     def find_latest():
         saver.wait()
         return checkpoint.has_run(out_dir) and checkpoint.latest(out_dir, say)
@@ -439,10 +383,9 @@ def save(it, improved=False):
             weights['lm_head.weight'] = weights['wte.weight']
         also = ['best.pt'] * improved + [f'ckpt_{it}.pt'] * bool(keep_every and it % keep_every == 0)
         saver.save([os.path.join(out_dir, name) for name in also], model=weights, model_config=dataclasses.asdict(shape),
-                   tokenizer=tokenizer.state(), config=public_config,
-                   data=manifests, hardware=hardware, iter=it, tokens=tokens_seen(it), optimizer=moments,
-                   scaler=scaler.state_dict(), loop=loop | numbers.state, elapsed=elapsed + time.perf_counter() - started,
-                   best_val_loss=best_val_loss)
+                   tokenizer=tokenizer.state(), config=public_config, data=manifests, hardware=hardware, iter=it,
+                   tokens=tokens_seen(it), optimizer=moments, scaler=scaler.state_dict(), loop=loop | numbers.state,
+                   elapsed=elapsed + time.perf_counter() - started, best_val_loss=best_val_loss)
 
 
 def copy_away(it, also=()):
@@ -519,8 +462,6 @@ def on_device(batch):
 
 if stage != 'pretrain':
     raise UserError(f"stage='{stage}' is not there yet: this version knows pretrain only")
-at_the_end = contextlib.ExitStack()
-atexit.register(at_the_end.close)
 device = pick_device(device, local_rank, world_size)
 if under_torchrun:
     if backend == 'nccl' and device == 'cpu':
@@ -528,7 +469,7 @@ if under_torchrun:
     backend = ('nccl' if device.startswith('cuda') else 'gloo') if backend == 'auto' else backend
     parallel.start(backend, device)
 by_itself = init_from == 'auto'
-init_from, loaded_path, was_fetched = parallel.by_the_first(find_run)
+init_from, loaded_path, was_fetched = parallel.by_the_first(run_folder.begin, out_dir, init_from, mirror, say)
 resumes = init_from == 'resume'
 loaded = checkpoint.load_any(loaded_path) if loaded_path else None
 branches = not resumes and loaded is not None and branches_off(loaded)
@@ -727,7 +668,7 @@ while True:
         so_far = time.perf_counter() - started
         left = (max_iters - it - 1) * tokens_per_step / tok_per_sec
         report(iter=it, tokens=tokens_seen(it + 1), loss=loss, lr=lr_at(it), grad_norm=grad_norm,
-            tok_per_sec=tok_per_sec, mfu=mfu, time=elapsed + so_far)
+               tok_per_sec=tok_per_sec, mfu=mfu, time=elapsed + so_far)
         say(f'iter {it}/{max_iters}: loss {loss:.4f}, lr {lr_at(it):.2e}, norm {grad_norm:.2f}, {tok_per_sec:,.0f} tok/s, '
             f"mfu {f'{mfu:.1%}' if mfu else 'n/a'}, {int(left) // 60}:{int(left) % 60:02d} left")
         measured, measured_tokens = 0.0, 0
@@ -754,7 +695,7 @@ else:
         f'. Now let it write:\n    python sample.py --out_dir={out_dir}')
 if under_torchrun:
     parallel.total(0)  # the first process may still be saving and copying
-at_the_end.close()
+run_folder.let_go()
 with contextlib.suppress(OSError):
     sys.stdout.flush()
 if under_torchrun:
