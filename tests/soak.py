@@ -29,11 +29,12 @@ from conftest import PREPARE_TINY, ROOT, S3, TINY, losses, run
 STEPS = 3000  # of a run; it is killed long before
 
 
-def soak(folder, kills, processes, seed, say=print, pause=6):
+def soak(folder, kills, processes, seed, say=print, pause=None):
     """
     Raises AssertionError where the killed run differs; returns how often what happened. `pause`: seconds between two kills, at
     most.
     """
+    pause = pause or 6 * processes  # it takes as long to start
     chance, happened = random.Random(seed), {}
     args = [arg for arg in TINY if not arg.startswith('--log_interval')] + [
         f'--max_iters={STEPS}', '--schedule=constant', '--dropout=0.1', '--checkpoint_interval=20', '--eval_interval=50',

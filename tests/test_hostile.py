@@ -33,7 +33,7 @@ from dataset import Split, read_meta, read_tokenizer
 from model import ModelConfig, Transformer
 from tokenizer import load_tokenizer, tokenizer_from_state
 
-settings.register_profile('same', derandomize=True, deadline=None, database=None, max_examples=150,
+settings.register_profile('same', derandomize=True, deadline=None, database=None, max_examples=80,
                           suppress_health_check=list(HealthCheck))
 settings.register_profile('search', parent=settings.get_profile('same'), derandomize=False)
 settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'same'))  # 'search' looks further each time

@@ -223,17 +223,6 @@ def test_shares_of_the_weights_train_as_one_process_does(place):
         assert words in err
 
 
-def test_a_restart_needs_no_other_command(place):
-    """As torchrun and restart loops give it: auto begins, then goes on."""
-    args = [*TINY, '--lr_decay_iters=20', '--init_from=auto']
-    run('train.py', *TINY, cwd=place)
-    text, _ = run('train.py', *args, '--max_iters=10', '--out_dir=out/again', cwd=place)
-    assert 'resumed' not in text
-    text, _ = run('train.py', *args, '--max_iters=20', '--out_dir=out/again', cwd=place)
-    assert 'resumed at iter 10' in text
-    assert losses(place / 'out' / 'tiny').items() <= losses(place / 'out' / 'again').items()
-
-
 @pytest.mark.skipif(sys.platform != 'linux', reason="a process's peak memory is read from /proc")
 def test_the_micro_batch_that_fits_is_found_and_the_step_stays(place):
     args = [*TINY, '--gradient_accumulation_steps=2']
