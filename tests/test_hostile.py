@@ -332,7 +332,7 @@ def test_every_truncated_checkpoint_is_refused(tmp_path):
         assert refusal(checkpoint.load, path), size
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(st.data())
 def test_a_flipped_bit_is_noticed_or_does_not_matter(tmp_path_factory, data):
     whole, path = bytearray(saved(GOOD)), str(tmp_path_factory.mktemp('x') / 'x.pt')
@@ -355,7 +355,7 @@ def test_a_flipped_bit_of_a_weight(tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore:invalid escape sequence')
-@settings(max_examples=600)
+@settings(max_examples=250)
 @given(st.data())
 def test_a_pickle_with_other_opcodes(tmp_path_factory, data):
     """With checksums that fit: bytes of the pickle are replaced, put in and taken out."""
@@ -371,7 +371,7 @@ def test_a_pickle_with_other_opcodes(tmp_path_factory, data):
     refusal(checkpoint.verify, path)
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(st.sampled_from(list(places(GOOD))), VALUES)
 def test_a_checkpoint_with_another_value(tmp_path_factory, where, value):
     path = str(tmp_path_factory.mktemp('x') / 'x.pt')
@@ -518,7 +518,7 @@ def tokenizer_states():
 STATES = tokenizer_states()
 
 
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(st.data())
 @example(None)
 def test_a_tokenizer_with_another_value(data):
@@ -653,7 +653,7 @@ WORDS = st.one_of(st.text(max_size=20), VALUES.map(repr), st.sampled_from(
      '1_0', '0x10', '1j', "b''", "'a'", '...', 'None', '١', '\ud800', '"' * 3, '1' + '0' * 400, '-0', '1.', '{[]}', '{{}: 1}']))
 
 
-@settings(max_examples=600)
+@settings(max_examples=250)
 @given(st.sampled_from([*DEFAULTS, 'norn', '']), WORDS)
 @example('learning_rate', '1e999')
 @example('learning_rate', '1' + '0' * 400)

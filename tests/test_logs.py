@@ -255,6 +255,7 @@ def test_ctrl_c_reaches_only_the_run(folder):
     meanwhile = """
         try:
             time.sleep(1)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # which what a shell runs in the background ignores
             os.killpg(0, signal.SIGINT)
             time.sleep(5)
         except KeyboardInterrupt:

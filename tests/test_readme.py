@@ -43,3 +43,12 @@ def test_the_quick_start_runs(tmp_path):
     assert (tmp_path / 'out' / 'stdlib' / 'best.pt').exists()
     text, _ = run('sample.py', '--prompt=class ', '--max_new_tokens=50', cwd=tmp_path)
     assert text.startswith('class ') and len(text) > 10
+
+
+def test_the_tests_it_names_exist():
+    sources = {path.name: path.read_text() for path in (ROOT / 'tests').glob('*.py')}
+    for line in README.splitlines():
+        files = re.findall(r'`tests/(test_\w+\.py)`', line)
+        for name in re.findall(r'`(test_\w+)`', line):
+            assert any(f'def {name}(' in sources[file] for file in files), name
+    assert 'test_two_trainers_cannot_write_one_folder' in README

@@ -11,8 +11,6 @@ import pytest
 import torch
 from conftest import GPT2, TINY, losses, read_log, run, start, write_tokens
 
-FAMILIES = {'gpt2': GPT2, 'llama': []}
-
 
 def checkpoint(out_dir, name='ckpt.pt'):
     return torch.load(out_dir / name, weights_only=True)
@@ -34,10 +32,12 @@ def assert_same(a, b):
         assert a == b
 
 
-@pytest.mark.parametrize('family', FAMILIES)
-def test_killed_and_resumed_equals_uninterrupted(place, family):
-    """kill -9 at arbitrary moments: the same losses to the last digit, the same weights and moments bit for bit."""
-    args = [*TINY, *FAMILIES[family], '--dropout=0.1', '--max_iters=60', '--checkpoint_interval=7',
+def test_killed_and_resumed_equals_uninterrupted(place):
+    """
+    kill -9 at arbitrary moments: the same losses to the last digit, the same weights and moments bit for bit. (A GPT-2;
+    test_soak.py has Llamas.)
+    """
+    args = [*TINY, *GPT2, '--dropout=0.1', '--max_iters=60', '--checkpoint_interval=7',
             '--gradient_accumulation_steps=2']
     run('train.py', *args, '--out_dir=out/whole', cwd=place)
     out = place / 'out' / 'killed'
