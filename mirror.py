@@ -39,7 +39,7 @@ KINDS = ('last', 'best', 'kept')
 LIMIT = 20  # seconds that a server may take to answer
 SLOWEST = 2**18  # bytes per second; a copy that is slower counts as stuck
 LONGEST_PAUSE = 60  # seconds between two tries
-PATIENCE = 30  # seconds until `latest_step` and `fetch` give up
+PATIENCE = 20  # seconds until `latest_step` and `fetch` give up
 
 
 class Folder:
@@ -261,7 +261,7 @@ class Mirror:
         except Exception as e:  # a copy is not worth a run
             self.say(f'mirror: step {iter} will not be copied to {self.there.name} ({self.there.reason(e)})')
 
-    def close(self, seconds, if_away=20):
+    def close(self, seconds, if_away=10):
         """
         Waits up to so many seconds for what is still to be copied, or `if_away` while the mirror cannot be reached. Returns
         whether all is there, and says it if not.
