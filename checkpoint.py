@@ -89,8 +89,7 @@ class Saver:
         self.lost_best = False
 
     def save(self, also=(), **checkpoint):
-        """Takes over a checkpoint that nobody changes any more, when the one before is written."""
-        self.wait()
+        """Takes over a checkpoint that nobody changes any more; it is written after the one before."""
         self.writing = self.pool.submit(self._write, also, checkpoint)
         self.time = time.monotonic()
 
