@@ -366,7 +366,9 @@ def go_back(it, why):
         log.close()
         log = open_log()
         report(iter=first_iter, tokens=first_tokens, bad_steps=bad_steps, went_back_from=it)
-    save(first_iter)  # so that a resume goes on with the other data as well
+    save(first_iter)
+    if rank == 0:
+        saver.wait()  # so that whatever comes, a resume goes on with the other data as well
     return first_iter
 
 

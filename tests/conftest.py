@@ -1,12 +1,15 @@
 """What the tests share: the repository's scripts run as a user runs them, each in a folder of its own."""
 
 import email
+import functools
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -45,10 +48,39 @@ def start(script, *args, cwd, torchrun=0, **kwargs):
 
 def run(script, *args, cwd, code=0, **kwargs):
     """Runs one of our scripts to its end, expects that exit code, and returns what it printed (stdout, stderr)."""
-    process = start(script, *args, cwd=cwd, **kwargs)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, f'exit code {process.returncode}\n{out}\n{err}'
+    if kwargs:
+        process = start(script, *args, cwd=cwd, **kwargs)
+        out, err = process.communicate(timeout=300)
+        returned = process.returncode
+    else:
+        returned, out, err = starter().run([str(ROOT / script), *args], cwd)
+    assert returned == code, f'exit code {returned}\n{out}\n{err}'
     return out, err
+
+
+class Starter:
+    """The process of starter.py."""
+
+    def __init__(self):
+        self.process = subprocess.Popen([sys.executable, str(ROOT / 'tests' / 'starter.py')], text=True,
+                                        env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(self, args, cwd):
+        """Runs a script to its end; its exit code, stdout and stderr. Raises TimeoutError after 300 seconds."""
+        with tempfile.NamedTemporaryFile('r') as out, tempfile.NamedTemporaryFile('r') as err:
+            env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+            print(json.dumps({'args': args, 'cwd': str(cwd), 'env': env, 'out': out.name, 'err': err.name}),
+                  file=self.process.stdin, flush=True)
+            if not select.select([self.process.stdout], [], [], 300)[0]:
+                subprocess.run(['pkill', '-KILL', '-P', str(self.process.pid)])
+                self.process.stdout.readline()
+                raise TimeoutError(f'{args} took more than 300 seconds\n{out.read()}\n{err.read()}')
+            return int(self.process.stdout.readline()), out.read(), err.read()
+
+
+@functools.cache
+def starter():
+    return Starter()
 
 
 def read_log(out_dir):
