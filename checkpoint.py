@@ -265,6 +265,25 @@ def model_config(checkpoint, path):
     return config
 
 
+def grow_vocabulary(checkpoint, vocab_size, seed):
+    """
+    Gives the model in a checkpoint rows for new tokens, in place: the mean of those that there are, each a little aside
+    (Hewitt 2021, "Initializing new word embeddings for pretrained language models").
+    """
+    weights, generator = checkpoint['model'], torch.Generator().manual_seed(seed)
+    missing = vocab_size - checkpoint['model_config']['vocab_size']
+    if missing <= 0:
+        return
+    for name in ('wte.weight', 'lm_head.weight'):
+        if name == 'wte.weight' or not checkpoint['model_config']['tie_weights']:
+            former = weights[name]
+            aside = torch.randn(missing, former.size(1), generator=generator) * former.std(0)
+            weights[name] = torch.cat((former, former.mean(0) + 0.1 * aside))
+        else:
+            weights[name] = weights['wte.weight']
+    checkpoint['model_config']['vocab_size'] = vocab_size
+
+
 def check_weights(config, checkpoint, path):
     """Raises UserError where a checkpoint's weights do not fit a shape or are not finite."""
     _check_shapes(config, checkpoint, path)

@@ -4,7 +4,7 @@ The token files on disk, their manifest, and the order in which training reads t
 A data set is a folder: `train*.bin` and `val*.bin` hold token ids, headerless little-endian uint16 (or uint32), and
 `meta.json`, the manifest, says what is in them. Training reads windows of `block_size` inputs and, one further, as many
 targets. The windows of step i are a pure function of (seed, i): a resumed run needs no loader state, and 1, 2 or 8
-processes read the same batches.
+processes read the same batches. Where the files hold conversations (rows.py), a window is a row, or a pair of rows.
 """
 
 import collections
@@ -21,6 +21,7 @@ import urllib.parse
 import numpy as np
 
 from configurator import UserError
+from rows import BEGINS, TAUGHT, sides
 from tokenizer import HUB_ID, load_tokenizer, tokenizer_from_state
 
 CHECKSUM_LIMIT = 256 * 2**20  # bytes; larger splits are checked by their size, and by their ids as they are read
@@ -53,6 +54,13 @@ def read_meta(name):
         counts = [entry[key] for entry in entries for key in ('tokens', 'documents', 'bytes', 'max_id')]
         if not all(type(n) is int and 0 <= n < 2**53 for n in [*counts, *meta.get('left_out', {}).values()]):
             raise TypeError('counts are whole numbers')
+        if 'stage' in meta and not (meta['stage'] in ('sft', 'dpo') and type(meta['block_size']) is int and
+                                    1 < meta['block_size'] < 2**24 and all(
+                                        type(entry['mask']) is str and type(entry['mask_sha256']) is str and
+                                        type(entry['most_in_row']) is int and 0 < entry['most_in_row'] < meta['block_size'] and
+                                        type(entry['taught']) is int and entry['tokens'] % meta['block_size'] == 0
+                                        for entry in entries)):
+            raise ValueError('its rows are none')
         inside = [meta['tokenizer'].get('file', 'x'), *meta['files'], *(entry.get('mask', 'x') for entry in entries)]
         outside = [file for file in inside if type(file) is not str or not re.fullmatch(r'\w[\w.-]*', file)]
         if outside:
@@ -75,6 +83,15 @@ def public_source(source):
             return ''
         return f'https://{address.hostname}{address.path}'
     return source if re.fullmatch(f'hf:{HUB_ID}', source) and not os.path.isdir(source[3:]) else ''
+
+
+def _kept(meta):
+    """What a checkpoint keeps of a manifest."""
+    try:
+        source = public_source(meta['plan']['settings']['source'])
+    except (KeyError, TypeError, AttributeError):  # as in data that was adopted
+        source = ''
+    return {'note': meta.get('note', ''), 'source': source, 'files': meta['files']}
 
 
 def read_tokenizer(name, meta):
@@ -148,11 +165,7 @@ class Split:
         """
         meta, folder = read_meta(name), folder_of(name)
         self.name, self.block_size, self.vocab_size = name, block_size, meta['vocab_size']
-        try:
-            source = public_source(meta['plan']['settings']['source'])
-        except (KeyError, TypeError, AttributeError):  # as in data that was adopted
-            source = ''
-        self.manifest = {'note': meta.get('note', ''), 'source': source, 'files': meta['files']}  # what a checkpoint keeps
+        self.manifest = _kept(meta)
         self.moves = stride == 0
         self.stride = stride or block_size
         entries = {f: entry for f, entry in sorted(meta['files'].items()) if f.startswith(split) and f.endswith('.bin')}
@@ -203,6 +216,52 @@ class Split:
         if self.masks[f]:
             targets[part(self.masks[f])[1:] == 0] = -1
         return ids[:-1], targets
+
+
+class Rows:
+    """One split of a data set of conversations as rows, or for dpo pairs of rows; the same as `Split` to whom reads them."""
+
+    def __init__(self, name, split, block_size):
+        """Raises UserError for files that are missing, damaged or do not match the manifest, or rows of another size."""
+        meta, folder = read_meta(name), folder_of(name)
+        if meta['block_size'] != block_size:
+            raise UserError(f"{folder} was prepared in rows of block_size {meta['block_size']}, and here it is {block_size}; "
+                            f"use --block_size={meta['block_size']}, or prepare it again")
+        self.name, self.block_size, self.vocab_size = name, block_size, meta['vocab_size']
+        self.manifest = _kept(meta)
+        entries = {f: entry for f, entry in sorted(meta['files'].items()) if f.startswith(split) and f.endswith('.bin')}
+        dtype, hashes = np.dtype(meta['dtype']).newbyteorder('<'), sum(e['tokens'] for e in entries.values()) < CHECKSUM_LIMIT
+        self.files, self.masks = [], []
+        for file, entry in entries.items():
+            self.files.append(_check(os.path.join(folder, file), dtype, entry, meta, hashes))
+            of_mask = {'tokens': entry['tokens'], 'sha256': entry['mask_sha256'], 'max_id': 0}
+            self.masks.append(_check(os.path.join(folder, entry['mask']), np.dtype(np.uint8), of_mask, meta, hashes))
+        self.sides = sides(meta['stage'])
+        self.ends = np.cumsum([file.length // (block_size * self.sides) for file in self.files])
+        self.n_windows = int(self.ends[-1])
+        self.most_in_row = max(entry['most_in_row'] for entry in entries.values())
+        # of dpo: the reference's log-probability of each conversation (reference.py)
+        self.reference = np.zeros((self.n_windows, 2, self.most_in_row), np.float32) if self.sides == 2 else None
+
+    def window(self, k, offset=0.0):
+        """
+        Row k → inputs (T,), targets (T,) int64, -1 for what is not taught, and where conversations begin (T,) bool. For dpo
+        (2, T) of each, chosen and rejected, and the reference's log-probabilities of their conversations (2, most_in_row).
+        """
+        f = int(np.searchsorted(self.ends, k, side='right'))
+        size = self.sides * self.block_size
+        start = int(k - (self.ends[f - 1] if f else 0)) * size
+        ids = self.files[f][start:start + size].astype(np.int64).reshape(self.sides, -1)
+        bits = self.masks[f][start:start + size].reshape(self.sides, -1)
+        if ids.max() >= self.vocab_size:
+            raise UserError(f'{self.files[f].path}: id {ids.max()} is beyond vocab_size {self.vocab_size}; '
+                            'prepare the data again')
+        targets = np.full_like(ids, -1)
+        targets[:, :-1] = np.where(bits[:, 1:] & TAUGHT, ids[:, 1:], -1)
+        begins = bits & BEGINS != 0
+        if self.sides == 2:
+            return ids, targets, begins, self.reference[k]
+        return ids[0], targets[0], begins[0]
 
 
 def _check_size(path, dtype, entry):
@@ -287,17 +346,25 @@ class TrainingOrder:
         return source, permute(k, self.splits[source].n_windows, key), (key % 2**32 / 2**32 if epoch else 0.0)
 
     def batch(self, step, positions):
-        """The windows at `positions` of a step's global batch: inputs and targets, each (len(positions), T), int64."""
+        """The windows at `positions` of a step's global batch: inputs and targets, each (len(positions), T), int64, ..."""
         windows = []
         for position in positions:
             source, k, offset = self.locate(step, position)
             windows.append(self.splits[source].window(k, offset))
-        return tuple(np.stack(part) for part in zip(*windows))
+        return collate(windows)
 
     def epochs(self, step):
         """How often each source has been read when `step` steps are done."""
         used = step // MIX_PERIOD * self.used[-1] + self.used[step % MIX_PERIOD]
         return [n / split.n_windows for n, split in zip(used, self.splits)]
+
+
+def collate(windows):
+    """Windows → a batch of each of their parts; the rows of pairs stand one below the other."""
+    if windows[0][-1].dtype == np.float32:  # of several sets, the longest row of log-probabilities
+        most = max(window[-1].shape[1] for window in windows)
+        windows = [(*window[:-1], np.pad(window[-1], ((0, 0), (0, most - window[-1].shape[1])))) for window in windows]
+    return tuple(np.concatenate(part) if part[0].ndim == 2 else np.stack(part) for part in zip(*windows))
 
 
 def parse_mix(dataset):
@@ -327,12 +394,12 @@ def val_batches(split, n_windows, batch_size, rank, world_size):
     """
     n = min(n_windows, split.n_windows)
     mine = [i * split.n_windows // n for i in range(rank, n, world_size)]
-    x, y = split.window(0)
-    nothing = np.zeros_like(x), np.full_like(y, -1)
+    x, y, *more = split.window(0)
+    nothing = np.zeros_like(x), np.full_like(y, -1), *map(np.zeros_like, more)
     for i in range(0, -(-n // world_size), batch_size):
         pairs = [split.window(k) for k in mine[i:i + batch_size]]
         pairs += [nothing] * (batch_size - len(pairs))
-        yield tuple(np.stack(part) for part in zip(*pairs))
+        yield collate(pairs)
 
 
 def read_ahead(load, steps, depth=2):

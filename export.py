@@ -53,14 +53,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 name = {name!r}  # the path of this folder, or its id on the hub
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name)
-inputs = tokenizer({prompt!r}, return_tensors='pt')
+{inputs}
 ids = model.generate(**inputs, max_new_tokens=100, do_sample=True, temperature=0.8)
 print(tokenizer.decode(ids[0], skip_special_tokens=True))
 ```
 {run}
 ## What it must not be trusted with
 
-It continues text as the text that it read would go on. It does not know what is true, and it repeats the errors, the
+It continues text as {what_it_read} would go on. It does not know what is true, and it repeats the errors, the
 prejudices and at times the very words of what it read. Do not use what it writes unread: not as a fact, not as advice
 (medical, legal or any other), not as code to run, not to decide anything about people.
 {limits}"""
@@ -78,6 +78,11 @@ RUN = """
 
 {losses}
 """
+
+
+INPUTS = """inputs = tokenizer({!r}, return_tensors='pt')"""
+CHAT_INPUTS = """messages = [{{'role': 'user', 'content': {!r}}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors='pt')"""
 
 
 def model_card(folder, name, model, tokenizer, loaded, log):
@@ -98,6 +103,8 @@ def model_card(folder, name, model, tokenizer, loaded, log):
                    if file.startswith('train'))
     else:
         origin = f'copied from {huggingface.public_name(init_from)}'
+    chats = trained and run.get('stage', 'pretrain') != 'pretrain'
+    metadata['tags'] += ['conversational'] * chats
     limits = ''
     if trained and base == 'scratch' and seen < 20 * n:
         limits += (f'\nIt saw {seen / n:.1f} tokens per parameter, where about 20 would be the best use of the same\n'
@@ -112,7 +119,9 @@ def model_card(folder, name, model, tokenizer, loaded, log):
                     ('vocabulary', f'{c.vocab_size:,} ({huggingface.public_name(tokenizer.name)})'),
                     ('norm', c.norm), ('activation', c.mlp), ('positions', c.pos), ('biases', 'yes' if c.bias else 'no'),
                     ('tied embeddings', 'yes' if c.tie_weights else 'no')),
-        run=card_of_the_run(folder, loaded, n, log) if trained else '', prompt=run.get('sample_prompt') or 'Once',
+        run=card_of_the_run(folder, loaded, n, log) if trained else '',
+        inputs=(CHAT_INPUTS if chats else INPUTS).format(run.get('sample_prompt') or 'Once'),
+        what_it_read='the text and the conversations that it read' if chats else 'the text that it read',
         limits=limits)
 
 
@@ -141,12 +150,14 @@ def card_of_the_run(folder, loaded, n, log):
         ('hardware', loaded['hardware'] or 'not recorded'),
         ('time', f'{minutes:.1f} minutes' if minutes < 120 else f'{minutes / 60:.1f} hours'))
     train, val = ([record for record in log if record.get(key) is not None] for key in ('loss', 'val_loss'))
-    losses = [('', '')]
+    losses, unit = [('', '')], 'nats per token' if run.get('stage') != 'dpo' else 'per pair of answers'
     if train:
-        losses.append(('training loss', f"{train[-1]['loss']:.4f} nats per token (step {train[-1]['iter']:,})"))
+        losses.append(('training loss', f"{train[-1]['loss']:.4f} {unit} (step {train[-1]['iter']:,})"))
     if val:
-        losses += [('validation loss', f"{val[-1]['val_loss']:.4f} nats per token (step {val[-1]['iter']:,})"),
-                   ('perplexity', f"{val[-1]['val_ppl']:.2f}"), ('bits per byte', f"{val[-1]['val_bpb']:.4f}")]
+        losses += [('validation loss', f"{val[-1]['val_loss']:.4f} {unit} (step {val[-1]['iter']:,})"),
+                   *((words, f'{val[-1][key]:{form}}') for key, words, form in (
+                       ('val_ppl', 'perplexity', '.2f'), ('val_bpb', 'bits per byte', '.4f'),
+                       ('val_accuracy', 'pairs of answers in the right order', '.0%')) if key in val[-1])]
     pictured = (train or val) and draw_losses(train, val, os.path.join(folder, 'loss.png'))
     return RUN.format(data=table(*data), training=training,
                       losses=(table(*losses) if train or val else 'The log is not at hand.') +

@@ -446,7 +446,7 @@ def _byte_level(vocab, merges, special, words, **options):
 def _bytes_json(tokenizer):
     """256 bytes and no merges."""
     from tokenizers.pre_tokenizers import ByteLevel
-    return _byte_level({bytes([b]): b for b in range(256)}, [], {'<|endoftext|>': tokenizer.eot_id},
+    return _byte_level({bytes([b]): b for b in range(256)}, [], {'<|endoftext|>': tokenizer.eot_id, **tokenizer.special},
                        ByteLevel(add_prefix_space=False))
 
 
@@ -508,7 +508,8 @@ def _sentencepiece_json(tokenizer):
         made.pre_tokenizer = pre_tokenizers.Split(Regex('|'.join(defined)), 'isolated')
     made.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(),
                                       *([decoders.Strip(' ', 1, 0)] if spec.add_dummy_prefix else [])])
-    made.add_special_tokens([piece for (piece, _), kind in zip(pieces, kind_of) if kind in (UNKNOWN, CONTROL)])
+    made.add_special_tokens([piece for (piece, _), kind in zip(pieces, kind_of) if kind in (UNKNOWN, CONTROL)] +
+                            sorted(tokenizer.special, key=tokenizer.special.get))
     if tokenizer.bos_id is not None:
         bos = pieces[tokenizer.bos_id][0]
         made.post_processor = processors.TemplateProcessing(single=f'{bos} $A', pair=f'{bos} $A {bos} $B',

@@ -21,7 +21,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from loss import CRITERIA
+from loss import CRITERIA, token_nats
 
 # far beyond any model, and few enough that a file which claims them is refused before memory is asked for
 MOST = {'block_size': 2**24, 'vocab_size': 2**24, 'n_layer': 2**12, 'n_head': 2**12, 'n_embd': 2**18, 'n_inner': 2**20}
@@ -196,6 +196,17 @@ def visible(queries, keys, window):
     return seen & (distance < window) if window else seen
 
 
+def apart(begins, window):
+    """
+    Where texts begin in a batch of rows (B, T) → the tokens' positions, counted in their own text (B, T), and the mask by
+    which none sees another text (B, 1, T, T).
+    """
+    place = torch.arange(begins.size(1), device=begins.device)
+    start = torch.where(begins, place, 0).cummax(1).values
+    mask = visible(place, place, window) & (place >= start[:, :, None])
+    return place - start, mask[:, None]
+
+
 class KVCache:
     """
     The keys and values of the tokens that a model has read, so that it need not read them again: `model(idx,
@@ -250,21 +261,22 @@ class KVCache:
         self.k, self.v = ([kept.repeat(batch_size, 1, 1, 1) for kept in part] for part in (self.k, self.v))
 
 
-def attention_in_blocks(q, k, v, size=256):
+def attention_in_blocks(q, k, v, mask=None, size=256):
     """
     Causal attention, softmax(q kᵀ / √hs) v, of q (B, nh, T, hs) and k, v (B, nkv, T, hs), a block of queries after the
-    other and each with the keys up to its end. For training in bfloat16 on CPUs: there the backward pass of torch's own
-    takes up to seven times as long (see LOG.md). (T² + size T) / 2 scores of each head are kept for it.
+    other and each with the keys up to its end, or those of them that a `mask` shows. For training in bfloat16 on CPUs: there
+    the backward pass of torch's own takes up to seven times as long (see LOG.md). (T² + size T) / 2 scores of each head are
+    kept for it.
     """
     T, groups = q.size(2), q.size(1) // k.size(1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     q = q * q.size(-1) ** -0.5
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1) if mask is None else ~mask
     y = []
     for start in range(0, T, size):
         end = start + size
-        scores = (q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)).masked_fill(future[start:end, :end], float('-inf'))
+        scores = (q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)).masked_fill(hidden[..., start:end, :end], float('-inf'))
         y.append(scores.softmax(-1) @ v[:, :, :end])
     return torch.cat(y, dim=2)
 
@@ -276,8 +288,8 @@ def attention(q, k, v, mask=None, dropout=0.0):
     """
     T, causal = q.size(2), mask is None and q.size(2) > 1
     trains_on_cpu = torch.is_grad_enabled() and q.device.type == 'cpu'
-    if trains_on_cpu and q.dtype == torch.bfloat16 and causal and not dropout and T <= 1024:
-        return attention_in_blocks(q, k, v)
+    if trains_on_cpu and q.dtype == torch.bfloat16 and not dropout and 1 < T <= 1024:
+        return attention_in_blocks(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) < q.size(1),
                                           dropout_p=dropout)
 
@@ -402,11 +414,12 @@ class Transformer(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=c.init_std)
 
-    def forward(self, idx, targets=None, reduction='mean', cache=None, criterion='cross_entropy'):
+    def forward(self, idx, targets=None, reduction='mean', cache=None, criterion='cross_entropy', begins=None):
         """
         Token ids `idx` (B, T) → logits (B, T, V); with `targets` (B, T), a scalar: the cross-entropy in nats (or another
-        `criterion` of loss.py), its mean or its sum (`reduction`) over the targets that are not -1. With a `cache`, `idx`
-        goes on from what it holds.
+        `criterion` of loss.py), its mean or its sum (`reduction`) over the targets that are not -1; or with the reduction
+        'none' the cross-entropy of each (B, T). With a `cache`, `idx` goes on from what it holds. `begins` (B, T): True where
+        a text begins that is not to see those before it.
 
         Raises ValueError if T is more than `block_size`, or than the cache has room for.
         """
@@ -416,11 +429,15 @@ class Transformer(nn.Module):
         where, mask = slice(0, T), None
         if cache is not None:
             where, mask = cache.advance(T)
+        elif begins is not None:
+            where, mask = apart(begins, window)
         elif 0 < window < T:
             mask = visible(torch.arange(T, device=idx.device), torch.arange(T, device=idx.device), window)
         x = self.hidden(idx, where, mask, cache)
         if targets is None:
             return self.lm_head(x)
+        if reduction == 'none':
+            return token_nats(x.flatten(0, 1), self.lm_head.weight, targets.flatten()).view_as(targets)
         loss = CRITERIA[criterion](x.flatten(0, 1), self.lm_head.weight, targets.flatten())
         return loss / (targets >= 0).sum() if reduction == 'mean' else loss
 

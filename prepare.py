@@ -29,6 +29,12 @@ split = 'train'  # hf: the split that is read; training and validation are both 
 revision = ''  # hf: a commit or branch; '' = the latest
 skip_broken = False  # pass over lines that are not JSON or have no text, and count them, instead of stopping
 allow_network = True  # False refuses sources that would have to be fetched
+# ---- conversations, instead of text
+stage = 'pretrain'  # pretrain | sft | dpo: texts, or conversations (messages, or prompt and response), or pairs of them
+                    # (prompt, chosen and rejected), for the stages of train.py
+block_size = 1024  # sft and dpo: tokens in a row, which is training's block_size; what is longer is cut
+chat_template = ''  # sft and dpo: a file (Jinja) with the template; '' = the tokenizer's own, or ChatML, whose tokens it gets
+fields = ''  # sft and dpo: what a record calls them: 'prompt=question response=answer'; 'prompt=a+b' is both, where not empty
 # ---- the tokens
 tokenizer = 'bytes'  # bytes, a tiktoken encoding such as gpt2, bpe:SIZE to train one on the text, the path of a
                      # tokenizer.json or SentencePiece model or of a folder with one, or a Hugging Face id
@@ -55,6 +61,7 @@ config = configure(globals())
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -63,12 +70,15 @@ import shutil
 
 import numpy as np
 
+import rows
 import shards
 import sources
+from chat import for_chats, parse_fields
 from dataset import folder_of, read_meta, read_tokenizer
 from files import alone, read_json, write_whole
 from tokenizer import BEFORE_WORD, STATE_FILE, HuggingFaceTokenizer, load_tokenizer, train_bpe
 
+OF_CONVERSATIONS = ('stage', 'block_size', 'chat_template', 'fields')
 OF_THE_WORK = ('name', 'note', 'num_workers', 'overwrite', 'allow_network', 'inspect', 'adopt')  # settings not of the result
 VERSION = 1  # of how a source is divided and its documents are ordered: what one began, another cannot finish
 
@@ -77,7 +87,8 @@ VERSION = 1  # of how a source is divided and its documents are ordered: what on
 
 def make_plan(files, tok, begun):
     """The settings and the state of the source, as plain data; `begun`: plans that were made before, or None each."""
-    settings = {key: value for key, value in config.items() if key not in OF_THE_WORK}
+    settings = {key: value for key, value in config.items()
+                if key not in OF_THE_WORK and (stage != 'pretrain' or key not in OF_CONVERSATIONS)}
     if files is None and source.startswith('hf:'):
         # the data set that the name stood for when the work began, or stands for now
         pinned = [plan['source']['revision'] for plan in begun if plan and
@@ -164,22 +175,26 @@ def prepare(folder, files, tok, plan, workers):
     """
     os.makedirs(os.path.join(folder, 'parts'), exist_ok=True)
     write_whole(os.path.join(folder, 'plan.json'), json.dumps(plan, indent=2).encode())
-    reader = {'text_field': text_field, 'separator': separator.replace('\\n', '\n'), 'skip_broken': skip_broken}
-    job = shards.Job(folder, reader, parse_special, val_fraction, deduplicate, min_bytes, max_bytes, shard_tokens, seed)
+    reader = {'text_field': text_field, 'separator': separator.replace('\\n', '\n'), 'skip_broken': skip_broken,
+              'fields': fields}
+    job = shards.Job(folder, reader, parse_special, val_fraction, deduplicate, min_bytes, max_bytes, shard_tokens, seed, stage,
+                     block_size)
     if source.startswith('hf:'):
         spans = sources.hub_spans(source[3:], subset, split, plan['source'].get('revision', ''))
     else:
         if files is None:
             files = [(sources.fetch(source, os.path.join(folder, 'download')), os.path.basename(source))]
         spans = sources.find_spans(files, reader['separator'], divisible=not tok or tok.cut is not None)
+    plain_text = [span.path for span in spans if span.kind in ('text', 'separated')]
+    if stage != 'pretrain' and plain_text:
+        raise UserError(f"stage='{stage}' reads conversations from .jsonl, Parquet or the hub, and {plain_text[0]} is none of "
+                        'these; --exclude passes it over')
     units = sources.in_units(spans, sources.span_size(files or []))
 
     # the tokenizer lies beside the data, so that nothing else is needed from here on
     if not os.path.exists(os.path.join(folder, STATE_FILE)):
         tok = tok or train_tokenizer(folder, sources.Reader(cut=BEFORE_WORD, **reader), units)
         write_whole(os.path.join(folder, STATE_FILE), json.dumps(tok.state()).encode())
-    tok = job.tokenizer()
-    dtype = shards.token_dtype(tok)
 
     # first round: documents → parts
     report_paths = [job.path(f'{i:06d}.json') for i in range(len(units))]
@@ -193,31 +208,38 @@ def prepare(folder, files, tok, plan, workers):
     reports = [reports[i] for i in range(len(units))]
     if not any(report['tokens'] for report in reports):
         broken = next((f'; {report["first_broken"]}' for report in reports if report['broken']), '')
-        raise UserError(f"source='{source}': no text in {len(files or spans)} files (include='{include}'){broken}")
+        none = ', '.join(f'{n} {rows.OUTCOMES[key]}' for key, n in outcomes(reports).items() if n)
+        raise UserError(f"source='{source}': no {'text' if stage == 'pretrain' else 'conversation'} in "
+                        f"{len(files or spans)} files (include='{include}'){broken}" + (f'; {none}' if none else ''))
 
     # second round: parts → shards
     parts = [part for report in reports for part in report['parts']]
     ranges = shards.plan_shards(job, parts)
     entry_paths = {file: os.path.join(folder, f'{file}.json') for file in ranges}
     entries = {file: read_json(path) for file, path in entry_paths.items() if os.path.exists(path)}
-    todo = {file: (job, parts, dtype, file, keys) for file, keys in ranges.items() if file not in entries}
+    todo = {file: (job, parts, file, keys) for file, keys in ranges.items() if file not in entries}
     entries |= workers.run(shards.write_shard, todo, 'shuffling')
     left_out = {'duplicates': sum(entry.pop('duplicates') for entry in entries.values())}
     if any(file.startswith('all') for file in ranges):
         entries = shards.split_by_position(job, list(ranges))
 
     # the manifest
-    left_out |= {key: sum(report[key] for report in reports) for key in ('too_short', 'too_long', 'broken')}
+    left_out |= {key: sum(report[key] for report in reports) for key in ('too_short', 'too_long', 'broken')} | outcomes(reports)
     write_sources(folder, reports)
-    meta = manifest(tok, dict(sorted(entries.items())), note) | {
+    meta = manifest(job.tokenizer(), dict(sorted(entries.items())), note) | {
         'left_out': left_out, 'replaced': sum(report['replaced'] for report in reports), 'plan': plan}
     write_whole(os.path.join(folder, 'meta.json'), json.dumps(meta, indent=2).encode())
+
+
+def outcomes(reports):
+    """What was done with conversations, and how often."""
+    return {key: sum(report[key] for report in reports) for key in rows.OUTCOMES} if stage != 'pretrain' else {}
 
 
 def manifest(tok, entries, note):
     return {'dtype': shards.token_dtype(tok).name, 'vocab_size': tok.vocab_size, 'eot_id': tok.eot_id, 'bos_id': tok.bos_id,
             'tokenizer': {'name': tok.name, 'fingerprint': tok.fingerprint(), 'file': STATE_FILE},
-            'files': entries, 'note': note}
+            'files': entries, 'note': note} | ({} if stage == 'pretrain' else {'stage': stage, 'block_size': block_size})
 
 
 def write_sources(folder, reports):
@@ -238,7 +260,8 @@ def finish(folder, target):
         path = os.path.join(folder, entry)
         if os.path.isdir(path):
             shutil.rmtree(path)
-        elif entry not in {*files, 'meta.json', 'sources.tsv', STATE_FILE, 'tokenizer.json'}:
+        elif entry not in {*files, *(file.get('mask') for file in files.values()), 'meta.json', 'sources.tsv', STATE_FILE,
+                           'tokenizer.json'}:
             os.remove(path)
     old = f'{target}.old'
     shutil.rmtree(old, ignore_errors=True)
@@ -250,7 +273,9 @@ def finish(folder, target):
 
 def summarize(target, meta):
     left_out = meta.get('left_out', {})
-    for n, what in ((meta.get('replaced'), 'stretches of bytes that are not UTF-8 were replaced by U+FFFD'),
+    what_is = {'sft': 'conversations', 'dpo': 'pairs'}.get(meta.get('stage'), 'documents')
+    for n, what in (*((left_out.get(key), f'{what_is} {words}') for key, words in rows.OUTCOMES.items()),
+                    (meta.get('replaced'), 'stretches of bytes that are not UTF-8 were replaced by U+FFFD'),
                     (left_out.get('broken'), 'records that are not JSON or have no text were passed over'),
                     (left_out.get('duplicates'), 'documents were left out as duplicates'),
                     (left_out.get('too_short'), f'documents were left out as shorter than min_bytes={min_bytes}'),
@@ -263,7 +288,14 @@ def summarize(target, meta):
             tokens, documents, n_bytes = (sum(meta['files'][file][key] for file in files)
                                           for key in ('tokens', 'documents', 'bytes'))
             what = f'{target}/{files[0]}' if len(files) == 1 else f'{target}/{kind}_*.bin, {len(files)} files'
-            print(f'{what}: {tokens:,} tokens, {documents:,} documents, {n_bytes:,} bytes')
+            if 'stage' in meta:
+                taught = sum(meta['files'][file]['taught'] for file in files)
+                print(f"{what}: {documents:,} {what_is} in {tokens // meta['block_size']:,} rows of {meta['block_size']:,} "
+                      f'tokens, {taught:,} of them taught')
+            else:
+                print(f'{what}: {tokens:,} tokens, {documents:,} documents, {n_bytes:,} bytes')
+    if 'stage' in meta and not any(file.startswith('val') for file in meta['files']):
+        print('note: there is nothing for validation')
 
 
 def check_settings():
@@ -273,9 +305,18 @@ def check_settings():
         raise UserError(f"name='{name}' may have letters, digits, '_', '-' and '.' (not first) only: it becomes a folder")
     if name.endswith(('.old', '.unfinished', '.lock')):
         raise UserError(f"name='{name}' ends as the work's own files do; choose another")
+    if stage not in ('pretrain', 'sft', 'dpo'):
+        raise UserError(f"stage='{stage}' is none of pretrain, sft, dpo")
+    if stage == 'pretrain' and (fields or chat_template):
+        raise UserError(f"fields='{fields}', chat_template='{chat_template}' are for conversations: --stage=sft, or dpo")
+    if stage != 'pretrain' and tokenizer.startswith('bpe:'):
+        raise UserError(f"tokenizer='{tokenizer}' with stage='{stage}': conversations are written in the tokenizer of the "
+                        'model that is to learn them; name that, or the data it was trained on: --tokenizer=data/NAME')
+    parse_fields(fields)
     if not 0 <= val_fraction < 1:
         raise UserError(f'val_fraction={val_fraction} is not within 0 <= val_fraction < 1')
-    for least, *keys in ((0, 'min_bytes', 'max_bytes', 'num_workers', 'seed'), (1, 'shard_tokens', 'bpe_bytes')):
+    for least, *keys in ((0, 'min_bytes', 'max_bytes', 'num_workers', 'seed'), (1, 'shard_tokens', 'bpe_bytes'),
+                         (2, 'block_size')):
         for key in keys:
             if config[key] < least:
                 raise UserError(f'{key}={config[key]} is less than {least}')
@@ -293,6 +334,10 @@ def main():
     else:
         files = None if re.match('https?://|hf:', source) else sources.find_files(source, include, exclude)
     tok = None if tokenizer.startswith('bpe:') else load_tokenizer(tokenizer, eot_token)
+    if parse_special and tok and not tok.special:
+        raise UserError(f'parse_special=True: the tokenizer {tok.name} has no special tokens that a text can spell')
+    if stage != 'pretrain':
+        tok = for_chats(tok, chat_template)
     os.makedirs('data', exist_ok=True)
     with alone(f'{target}.lock', f'{target}: another process is preparing this data set; wait, or choose another --name'):
         prepare_or_go_on(target, folder, files, tok)
@@ -342,6 +387,10 @@ def inspect_data(which):
     wrong = []
     for file, entry in meta['files'].items():
         problem = check_file(os.path.join(folder, file), entry, dtype, meta['vocab_size'])
+        if 'mask_sha256' in entry:
+            of_mask = {'tokens': entry['tokens'], 'sha256': entry['mask_sha256']}
+            mask_problem = check_file(os.path.join(folder, entry['mask']), of_mask, np.dtype(np.uint8), 4)
+            problem = problem or mask_problem and f"{entry['mask']}: {mask_problem}"
         wrong += [problem] * bool(problem)
         print(f"{file:<20} {entry['tokens']:>16,} {entry['documents']:>12,} {entry['bytes']:>16,} "
               f"{entry['bytes'] / max(1, entry['tokens']):>9.3f}  {problem or 'ok'}", flush=True)
@@ -349,12 +398,33 @@ def inspect_data(which):
     if wrong:
         raise UserError(f'{len(wrong)} of {len(meta["files"])} files of {folder} are not as the manifest says; prepare the '
                         'data again')
-    file = random.choice(list(meta['files']))
-    ids = np.memmap(os.path.join(folder, file), dtype, 'r')
-    start = random.randrange(max(1, len(ids) - 200))
-    shown = ids[start:start + 200]
+    file, entry = random.choice(list(meta['files'].items()))
+    if 'stage' in meta:
+        return show_conversation(folder, file, entry, meta, tok, dtype)
+    start = random.randrange(max(1, entry['tokens'] - 200))
+    shown = np.fromfile(os.path.join(folder, file), dtype, 200, offset=start * dtype.itemsize)
     texts = [tok.decode(part.tolist()) for part in np.split(shown, np.flatnonzero(shown == meta['eot_id']) + 1)]
     print(f'\n{file} from token {start:,} on:\n--------\n' + '[end of text]\n'.join(texts) + '\n--------')
+    return None
+
+
+def show_conversation(folder, file, entry, meta, tok, dtype):
+    """Prints the first conversation of some row (and, of pairs, the rejected one too), what is taught within [[ and ]]."""
+    size, n = meta['block_size'], rows.sides(meta['stage'])
+    first = n * random.randrange(max(1, entry['tokens'] // size // n))
+    spelled = {i: token for token, i in tok.special.items()}
+    for row in range(first, first + n):
+        ids = np.fromfile(os.path.join(folder, file), dtype, size, offset=row * size * dtype.itemsize)
+        bits = np.fromfile(os.path.join(folder, entry['mask']), np.uint8, size, offset=row * size)
+        end = next((at for at in range(1, len(bits)) if bits[at] & rows.BEGINS), len(bits))
+        runs = [(taught, [i for i, _ in run])
+                for taught, run in itertools.groupby(zip(ids[:end].tolist(), bits[:end]), lambda pair: pair[1] & rows.TAUGHT)]
+        text = ''
+        for taught, part in runs:
+            words = ''.join(spelled[run[0]] if special else tok.decode(run) for special, run in (
+                (special, list(run)) for special, run in itertools.groupby(part, lambda i: i in spelled)))
+            text += f'[[{words}]]' if taught else words
+        print(f'\n{file}, row {row:,}, what is taught within [[ and ]]:\n--------\n{text}\n--------')
 
 
 def check_file(path, entry, dtype, vocab_size):
@@ -370,7 +440,7 @@ def check_file(path, entry, dtype, vocab_size):
             sha256.update(ids.tobytes())
     if sha256.hexdigest() != entry['sha256']:
         return 'another checksum'
-    return '' if max_id == entry['max_id'] < vocab_size else f'largest id {max_id}, vocabulary {vocab_size}'
+    return '' if max_id == entry.get('max_id', max_id) < vocab_size else f'largest id {max_id}, vocabulary {vocab_size}'
 
 
 def adopt_data(origin):

@@ -25,10 +25,12 @@ def begin(out_dir, init_from, mirror, say):
     Raises UserError where another process holds the folder, and where a run cannot begin, or cannot go on, as `init_from` says.
     """
     latest, fetched = os.path.join(out_dir, 'ckpt.pt'), None
+    init_from, _, otherwise = init_from.partition(':') if init_from.startswith('auto:') else (init_from, '', 'scratch')
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise UserError(f"out_dir='{out_dir}' is a file; choose another --out_dir")
-    if init_from not in ('scratch', 'resume', 'auto') and not os.path.exists(init_from) and not huggingface.hub_id(init_from):
-        raise UserError(f"init_from='{init_from}' is neither scratch, nor resume, nor auto, nor a checkpoint or folder that is "
+    model = otherwise if init_from in ('resume', 'auto') else init_from
+    if model != 'scratch' and not os.path.exists(model) and not huggingface.hub_id(model):
+        raise UserError(f"init_from='{model}' is neither scratch, nor resume, nor auto, nor a checkpoint or folder that is "
                         'there, nor an id on the Hugging Face hub such as HuggingFaceTB/SmolLM2-135M')
     hold(out_dir)
     found = checkpoint.has_run(out_dir)
@@ -55,7 +57,8 @@ def begin(out_dir, init_from, mirror, say):
         raise UserError(f"out_dir='{out_dir}' holds a run, but no checkpoint of it is whole; choose another --out_dir")
     elif not found and init_from == 'resume':
         raise UserError(f"init_from='resume', but out_dir='{out_dir}' holds no ckpt.pt; start with --init_from=scratch")
-    return ('resume', latest, fetched is not None) if found or fetched is not None else ('scratch', '', False)
+    return ('resume', latest, fetched is not None) if found or fetched is not None else (
+        otherwise, otherwise if otherwise != 'scratch' else '', False)
 
 
 def hold(out_dir):

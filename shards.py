@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import rows as chat_rows
 from configurator import UserError
 from files import read_json, write_whole
 from sources import Reader
@@ -53,6 +54,8 @@ class Job(NamedTuple):
     max_bytes: int  # 0 = any
     shard_tokens: int
     seed: int
+    stage: str  # pretrain, or what the rows are for (rows.py)
+    block_size: int  # tokens in a row
 
     def tokenizer(self):
         return read_tokenizer(os.path.join(self.folder, STATE_FILE))
@@ -72,10 +75,10 @@ def read_tokenizer(path):
 def encode_unit(job, number, spans):
     """Encodes the documents of `spans` into parts; returns (and, last of all, writes) a report on them."""
     tok = job.tokenizer()
-    reader = Reader(cut=tok.cut, full_digest=job.deduplicate, **job.reader)
-    dtype = token_dtype(tok)
+    reader = Reader(cut=tok.cut, full_digest=job.deduplicate, stage=job.stage, **job.reader)
+    dtype = part_dtype(job, tok)
     bos, eot = (np.array([] if i is None else [i], dtype) for i in (tok.bos_id, tok.eot_id))
-    report = {'parts': [], 'tokens': 0, 'too_short': 0, 'too_long': 0, 'files': {}}
+    report = {'parts': [], 'tokens': 0, 'too_short': 0, 'too_long': 0, 'files': {}, **dict.fromkeys(chat_rows.OUTCOMES, 0)}
     rows, arrays, held = [], [], 0
 
     def flush():
@@ -102,6 +105,18 @@ def encode_unit(job, number, spans):
             key = hash_bytes(doc.digest + (b'' if job.deduplicate else place), key=(job.seed % 2**64).to_bytes(8, 'little'))
             key, place, digest = (int.from_bytes(part[:8], 'little') for part in (key, place, doc.digest[8:]))
             key = key >> 1 | goes_to_val(doc, job.val_fraction) << 63
+            if job.stage != 'pretrain':
+                if held >= PART_TOKENS or len(rows) >= PART_ROWS:
+                    flush()
+                ids, outcome = chat_rows.encode(tok, doc.conversation, job.stage, job.block_size)
+                if outcome:
+                    report[outcome] += 1
+                if ids is not None:
+                    arrays.append([ids])
+                    rows.append((key, place, digest, 0, 0, len(ids), doc.size, True))
+                    held += len(ids)
+                    in_file[:] = in_file[0] + 1, in_file[1] + doc.size
+                continue
             n = 0
             for text, ids in tok.encode_pieces(doc.pieces, job.parse_special, begins=doc.part == 0):
                 if held >= PART_TOKENS or len(rows) >= PART_ROWS:
@@ -139,6 +154,11 @@ def token_dtype(tok):
     return np.dtype('<u2' if tok.vocab_size <= 2**16 else '<u4')
 
 
+def part_dtype(job, tok):
+    """Of the ids in a part: those of conversations have bits above them."""
+    return token_dtype(tok) if job.stage == 'pretrain' else np.dtype('<u4')
+
+
 # ---- the second round: a shard is a range of the documents' order
 
 def plan_shards(job, parts):
@@ -153,7 +173,8 @@ def plan_shards(job, parts):
     middle = len(tokens) // 2
     sides = {'train': (0, middle), 'val': (middle, len(tokens))}
     if job.val_fraction and not all(tokens[begin:end].any() for begin, end in sides.values()):
-        sides = {'all': (0, len(tokens))}  # to be split by position
+        # a text is to be split by position; a handful of conversations is not split at all
+        sides = {'all' if job.stage == 'pretrain' else 'train': (0, len(tokens))}
     shards = {}
     for side, (begin, end) in sides.items():
         ranges = divide(tokens, begin, end, job.shard_tokens)
@@ -174,9 +195,11 @@ def file_name(kind, number, count):
     return f'{kind}.bin' if count == 1 else f'{kind}_{number:05d}.bin'
 
 
-def write_shard(job, parts, dtype, file, ranges):
+def write_shard(job, parts, file, ranges):
     """Gathers the documents whose keys lie in `ranges` from all parts; returns, and writes, the manifest's entry."""
-    writer, duplicates = Writer(os.path.join(job.folder, file), dtype), 0
+    tok = job.tokenizer()
+    path, dtype, duplicates = os.path.join(job.folder, file), part_dtype(job, tok), 0
+    writer = Writer(path, token_dtype(tok)) if job.stage == 'pretrain' else RowWriter(path, job, tok)
     for first, last in ranges:
         rows, part_of = find_rows(job, parts, first, last)
         if job.deduplicate:  # of each text the document that comes first; its pieces share one number
@@ -187,7 +210,8 @@ def write_shard(job, parts, dtype, file, ranges):
             rows, part_of = rows[stays], part_of[stays]
         for begin, end in runs(np.cumsum(rows['tokens']) // np.uint64(PART_TOKENS)):  # a long document is not held whole
             batch, ids = rows[begin:end], gather(job, parts, dtype, rows[begin:end], part_of[begin:end])
-            writer.write(ids, int(batch['bytes'].sum()), int(batch['last'].sum()))
+            lengths = () if job.stage == 'pretrain' else (batch['tokens'],)
+            writer.write(ids, int(batch['bytes'].sum()), int(batch['last'].sum()), *lengths)
     return writer.close(duplicates=duplicates)
 
 
@@ -240,7 +264,7 @@ class Writer:
         data = ids.tobytes()
         self.file.write(data)
         self.sha256.update(data)
-        self.entry['tokens'] += len(ids)
+        self.entry['tokens'] += ids.size
         self.entry['documents'] += n_documents
         self.entry['bytes'] += n_bytes
         self.entry['max_id'] = max(self.entry['max_id'], int(ids.max(initial=0)))
@@ -253,6 +277,30 @@ class Writer:
         entry = {**self.entry, 'sha256': self.sha256.hexdigest(), **more}
         write_whole(f'{self.path}.json', json.dumps(entry).encode())
         return entry
+
+
+class RowWriter(Writer):
+    """The same of rows, with their bits in a file beside it (.mask)."""
+
+    def __init__(self, path, job, tok):
+        super().__init__(path, token_dtype(tok))
+        self.job, self.eot_id = job, tok.eot_id
+        self.mask = Writer(f'{path.removesuffix(".bin")}.mask', np.dtype(np.uint8))
+        self.entry |= {'taught': 0, 'most_in_row': 0}
+
+    def write(self, ids, n_bytes, n_documents, lengths):
+        """Appends conversations, as rows.encode gives them, of these lengths."""
+        found = chat_rows.fill(ids, lengths, self.job.stage, self.job.block_size, self.eot_id)
+        bits = (found >> chat_rows.SHIFT).astype(np.uint8)
+        super().write((found % 2**chat_rows.SHIFT).astype(self.dtype), n_bytes, n_documents)
+        self.mask.write(bits, 0, 0)
+        self.entry['taught'] += int((bits & chat_rows.TAUGHT).sum())
+        begins = (bits & chat_rows.BEGINS).astype(bool).sum(1)
+        self.entry['most_in_row'] = max(self.entry['most_in_row'], int(begins.max(initial=0)))
+
+    def close(self, **more):
+        mask = self.mask.close()
+        return super().close(mask=os.path.basename(self.mask.path), mask_sha256=mask['sha256'], **more)
 
 
 def split_by_position(job, files):

@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import chat
 from configurator import UserError
 
 CHUNK = 2**20  # bytes (or characters) read at a time
@@ -43,7 +44,7 @@ class Span(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A document, or the part of it that lies in one span."""
+    """A document, or the part of it that lies in one span; or a conversation."""
     name: str  # the file's
     position: int  # of its beginning in the file: a byte, a row or a line, by the kind
     part: int  # 0, or the number of the span within a text file that several spans share
@@ -52,6 +53,7 @@ class Document(NamedTuple):
     digest: bytes  # hash of the whole of it, if that was asked for; else `head`
     size: int  # bytes of UTF-8, of the whole of it
     pieces: Iterator[str]  # of this part
+    conversation: object = None  # what chat.read_conversation or, for dpo, chat.read_pair makes of it
 
 
 def find_files(source, include='*', exclude=''):
@@ -181,9 +183,12 @@ class CountingReplacer:
 class Reader:
     """Reads documents; `cut` is a tokenizer's pattern of where a single long text may be cut (see tokenizer.py)."""
 
-    def __init__(self, text_field='text', separator='', cut=None, skip_broken=False, full_digest=False):
+    def __init__(self, text_field='text', separator='', cut=None, skip_broken=False, full_digest=False, stage='pretrain',
+                 fields=''):
         self.text_field, self.separator, self.cut = text_field, separator.encode('utf-8', 'surrogateescape'), cut
         self.skip_broken, self.full_digest = skip_broken, full_digest
+        self.parse = {'sft': chat.read_conversation, 'dpo': chat.read_pair}.get(stage)  # None: a record holds a text
+        self.names = chat.parse_fields(fields)  # of a record's fields, where it holds a conversation
         self.replacer = CountingReplacer()
         codecs.register_error('count and replace', self.replacer)
         self.broken, self.first_broken = 0, ''  # records without a text, and where the first is
@@ -268,13 +273,14 @@ class Reader:
     def _parquet(self, span):
         with _parquet(span.path) as file:
             fields = file.schema_arrow.names
-            if self.text_field not in fields:
+            wanted = [field for field in fields if field in sum(self.names.values(), [])] if self.parse else [self.text_field]
+            if not self.parse and self.text_field not in fields:
                 raise UserError(f"{span.path} has no field text_field='{self.text_field}'; its fields are: {', '.join(fields)}")
             position = sum(file.metadata.row_group(i).num_rows for i in range(span.start))
             try:
-                for batch in file.iter_batches(1000, range(span.start, span.end), [self.text_field]):
-                    for value in batch.column(0).to_pylist():
-                        yield from self._record(span, position, {self.text_field: value})
+                for batch in file.iter_batches(1000, range(span.start, span.end), wanted):
+                    for row in batch.to_pylist():
+                        yield from self._record(span, position, row)
                         position += 1
             except ValueError as e:  # pyarrow's ArrowInvalid too
                 raise UserError(f'{span.path}, after row {position}, holds what is no text, or is damaged ({e})') from None
@@ -288,6 +294,8 @@ class Reader:
 
     def _record(self, span, position, value):
         """The document in a record, if there is one."""
+        if self.parse:
+            return (yield from self._conversation(span, position, value))
         text = value.get(self.text_field) if isinstance(value, dict) else None
         if not isinstance(text, str):
             fields = ', '.join(sorted(map(str, value))) if isinstance(value, dict) else 'none: it is no object'
@@ -302,6 +310,19 @@ class Reader:
             head = _digest(data[:CHUNK], 8)
             pieces = (text[i:i + CHUNK] for i in range(0, len(text), CHUNK))
             yield Document(span.name, position, 0, True, head, _digest(data) if self.full_digest else head, len(data), pieces)
+
+    def _conversation(self, span, position, value):
+        """The conversation in a record, or the pair of them, if there is one."""
+        try:
+            found = self.parse(value, self.names)
+        except ValueError as e:
+            return self._broken(span, position, str(e))
+        data = json.dumps(found, ensure_ascii=False, sort_keys=True).encode('utf-8', 'replace')
+        texts = [found] if isinstance(found, list) else found[:2]
+        size = sum(len(message['content'].encode('utf-8', 'replace')) for text in texts for message in text)
+        if self.skip_broken or not self.broken:
+            yield Document(span.name, position, 0, True, _digest(data, 8), _digest(data), size, iter(()), found)
+        return None
 
     def _broken(self, span, position, problem):
         """Counts a record without a text; what is wrong with the first is said when the span is done."""

@@ -36,7 +36,7 @@ class Tokenizer:
 
     bos_id = None
     special = {}  # special token → id, of those that a text may spell where they are asked for
-    beside = {}  # what else came with it, such as a chat template
+    beside = {}  # what else belongs to it, such as a chat template; no part of what it does with a text
     cut = None  # a pattern: a long text may be cut where a match ends; None: it is encoded whole
     dummy_prefix = False  # whether a text is encoded with a blank put before it (SentencePiece's way)
 
@@ -85,8 +85,8 @@ class Tokenizer:
         return range(self.vocab_size)
 
     def stop_ids(self):
-        """The ids that end a text: end-of-text, and others where a model in Hugging Face's form names several."""
-        return {self.eot_id}
+        """The ids that end a text: end-of-text, and others where a chat template or a model in Hugging Face's form has some."""
+        return {self.eot_id, *self.beside.get('eos_token_id', ())}
 
     def fingerprint(self):
         state = {key: value for key, value in self.state().items() if key not in ('name', 'beside')}
@@ -102,8 +102,22 @@ class Tokenizer:
         return self.fingerprint() == other.fingerprint() or all(self.encode(text) == other.encode(text)
                                                                 for text in other.probes())
 
-    def no_special(self):
-        raise UserError(f'parse_special=True: the tokenizer {self.name} has no special tokens that a text can spell')
+    def extended(self, tokens, beside):
+        """This tokenizer with more special tokens, whose ids come after its last, and with what is to lie beside it."""
+        missing = [token for token in dict.fromkeys(tokens) if token not in self.special]
+        added = {token: self.vocab_size + n for n, token in enumerate(missing)}
+        return tokenizer_from_state(self._with(added) | {'beside': self.beside | beside})
+
+    def _with(self, added):
+        """`state()` with more special tokens (token → id)."""
+        return self.state() | {'special': self.special | added}
+
+    def _by_parts(self, text):
+        """The ids of a text whose special tokens are taken for what they spell, what stands between them encoded alone."""
+        if not self.special:
+            return self.encode(text)
+        parts = re.split(f'({"|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))})', text)
+        return [i for n, part in enumerate(parts) if part for i in ([self.special[part]] if n % 2 else self.encode(part))]
 
 
 def _recut(texts, cut, most):
@@ -127,17 +141,21 @@ def _recut(texts, cut, most):
 
 
 class ByteTokenizer(Tokenizer):
-    """UTF-8's 256 bytes and an end-of-text."""
+    """UTF-8's 256 bytes, an end-of-text, and what special tokens it is given."""
 
-    name, vocab_size, eot_id = 'bytes', 257, 256
+    name, eot_id = 'bytes', 256
     cut = r'(?s:.)'
+
+    def __init__(self, special=(), beside=()):
+        self.special, self.beside = dict(special), dict(beside)
+        self.vocab_size = _count_ids([*range(257), *self.special.values()], self.name)
 
     def encode(self, text, special=False):
         return self.encode_array(text, special).tolist()
 
     def encode_array(self, text, special=False):
         if special:
-            self.no_special()
+            return np.array(self._by_parts(text), np.uint32)
         # half a surrogate pair, as broken JSON has it, becomes '?'
         return np.frombuffer(text.encode('utf-8', errors='replace'), np.uint8)
 
@@ -145,7 +163,8 @@ class ByteTokenizer(Tokenizer):
         return bytes(i for i in ids if i < 256)
 
     def state(self):
-        return {'kind': 'bytes', 'name': self.name}
+        more = {'special': self.special, 'beside': self.beside}
+        return {'kind': 'bytes', 'name': self.name} | {key: value for key, value in more.items() if value}
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -153,9 +172,9 @@ class TiktokenTokenizer(Tokenizer):
 
     cut = BEFORE_WORD
 
-    def __init__(self, name, pattern, ranks, special):
+    def __init__(self, name, pattern, ranks, special, beside=()):
         """`ranks`: token bytes → id; `special`: special token → id, '<|endoftext|>' among them."""
-        self.name = name
+        self.name, self.beside = name, dict(beside)
         self.pattern, self.ranks, self.special = pattern, ranks, special
         self.eot_id = special['<|endoftext|>']
         self.vocab_size = _count_ids([*ranks.values(), *special.values()], name)
@@ -178,7 +197,7 @@ class TiktokenTokenizer(Tokenizer):
         # tiktoken's own file format: a line for each token, its bytes in base64 and its id
         lines = (f'{base64.b64encode(token).decode()} {i}' for token, i in sorted(self.ranks.items(), key=lambda t: t[1]))
         return {'kind': 'tiktoken', 'name': self.name, 'pattern': self.pattern, 'ranks': '\n'.join(lines),
-                'special': dict(self.special)}
+                'special': dict(self.special)} | ({'beside': self.beside} if self.beside else {})
 
 
 def _tiktoken_encoding(name, pattern, ranks, special):
@@ -249,8 +268,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def known_ids(self):
         return self.known
 
-    def stop_ids(self):
-        return {self.eot_id, *self.beside.get('eos_token_id', ())}
+    def _with(self, added):
+        spec = json.loads(self.json)
+        plain = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
+        spec['added_tokens'] += [{'id': i, 'content': token, 'special': True, **plain} for token, i in added.items()]
+        return self.state() | {'json': json.dumps(spec, ensure_ascii=False)}
 
     def state(self):
         return {'kind': 'huggingface', 'name': self.name, 'json': self.json, 'eot_id': self.eot_id, 'bos_id': self.bos_id,
@@ -349,39 +371,41 @@ def as_tiktoken(spec):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, such as Llama 2's or Mistral's `tokenizer.model`. Its BOS, if any, begins each document."""
 
-    def __init__(self, name, model):
-        """`model`: the file's bytes."""
+    def __init__(self, name, model, special=(), beside=()):
+        """`model`: the file's bytes; `special`: tokens beyond it (token → id)."""
         try:
             import sentencepiece
         except ImportError:
             raise UserError(f"tokenizer='{name}' needs a package: pip install sentencepiece") from None
-        self.name, self.model = name, model
+        self.name, self.model, self.special, self.beside = name, model, dict(special), dict(beside)
         try:
             self.processor = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
             raise UserError(f"tokenizer='{name}' is neither a tokenizer.json nor a SentencePiece model") from None
-        self.vocab_size, self.eot_id = sp.vocab_size(), sp.eos_id()
+        self.eot_id = sp.eos_id()
         self.bos_id = sp.bos_id() if sp.bos_id() >= 0 else None
         if self.eot_id < 0:
             raise UserError(f"tokenizer='{name}' has no end-of-sequence id, which is to end each document")
-        pieces = [sp.id_to_piece(i) for i in range(self.vocab_size)]
+        pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
         self.bytes_of = [b'' if sp.is_control(i) else bytes([int(piece[3:5], 16)]) if sp.is_byte(i) else
                          ' ⁇ '.encode() if sp.is_unknown(i) else piece.replace('▁', ' ').encode()
                          for i, piece in enumerate(pieces)]
+        self.vocab_size = _count_ids([*range(len(pieces)), *self.special.values()], name)
+        self.bytes_of += [b''] * (self.vocab_size - len(pieces))
         self.dummy_prefix = sp.normalize('a').startswith('▁')
         if sp.normalize('  a ﬁ').endswith('▁▁a▁ﬁ') and not _blank_within(pieces):
             self.cut = BEFORE_BLANK
 
     def encode(self, text, special=False):
-        if special:
-            self.no_special()
-        return self.processor.encode(text)
+        return self._by_parts(text) if special else self.processor.encode(text)
 
     def decode_bytes(self, ids):
         return b''.join(self.bytes_of[i] for i in ids)
 
     def state(self):
-        return {'kind': 'sentencepiece', 'name': self.name, 'model': base64.b64encode(self.model).decode()}
+        more = {'special': self.special, 'beside': self.beside}
+        return {'kind': 'sentencepiece', 'name': self.name, 'model': base64.b64encode(self.model).decode()} | {
+            key: value for key, value in more.items() if value}
 
 
 def load_tokenizer(name, eot_token='', eot_id=None):
@@ -547,15 +571,16 @@ def tokenizer_from_state(state):
 
 
 def _from_state(kind, state):
+    special, beside = state.get('special', {}), state.get('beside', {})
     if kind == 'bytes':
-        return ByteTokenizer()
+        return ByteTokenizer(special, beside)
     if kind == 'tiktoken':
         pairs = (line.split() for line in state['ranks'].splitlines())
         ranks = {base64.b64decode(token): int(i) for token, i in pairs}
-        return TiktokenTokenizer(state['name'], state['pattern'], ranks, state['special'])
+        return TiktokenTokenizer(state['name'], state['pattern'], ranks, special, beside)
     if kind == 'huggingface':
-        return HuggingFaceTokenizer(state['name'], state['json'], state['eot_id'], state['bos_id'], state.get('beside', ()))
-    return SentencePieceTokenizer(state['name'], base64.b64decode(state['model']))
+        return HuggingFaceTokenizer(state['name'], state['json'], state['eot_id'], state['bos_id'], beside)
+    return SentencePieceTokenizer(state['name'], base64.b64decode(state['model']), special, beside)
 
 
 def _count_ids(ids, name):

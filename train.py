@@ -17,7 +17,8 @@ out_dir = 'out/stdlib'  # checkpoints and log.jsonl go here
 init_from = 'scratch'  # scratch, resume (what out_dir holds), auto (resume if out_dir holds a run, else scratch), or what
                        # gives its weights to a new run: a checkpoint's path, a folder in Hugging Face's form, or a model's
                        # id on its hub (gpt2, HuggingFaceTB/SmolLM2-135M);
-                       # from a checkpoint's path with --schedule=wsd a run goes on, on the same data, and decays to max_iters
+                       # from a checkpoint's path with --schedule=wsd a run goes on, on the same data, and decays to max_iters;
+                       # auto:MODEL begins with that model where auto would from scratch
 eval_interval = 300  # steps between evaluations
 eval_iters = 20  # batches of batch_size in an evaluation, always the same ones
 log_interval = 10  # steps between lines of the log
@@ -27,13 +28,16 @@ keep_last = 2  # latest checkpoints: ckpt.pt, and before it ckpt.1.pt, which a r
 keep_every = 0  # keep ckpt_<iter>.pt of every so many steps (of those at which a checkpoint is saved); 0 keeps none
 mirror = ''  # copy checkpoints, log and settings there as well: s3://bucket/run, or any other URL that fsspec knows
 sample_interval = 300  # steps between samples of text; 0 = none
-sample_prompt = 'def '  # what the samples continue; '' = a new document
+sample_prompt = 'def '  # what the samples continue, '' = a new document; or, of sft and dpo, the message they answer
 sample_tokens = 200  # their length
 wandb_log = False  # log to Weights & Biases as well
 wandb_project = 'sourdough'  # the project there
 wandb_run_name = ''  # the run's name there; '' = out_dir
 # ---- data
-stage = 'pretrain'  # what is trained on: pretrain (every token of plain text); sft and dpo are still to come
+stage = 'pretrain'  # pretrain | sft | dpo: on every token of a text, on a conversation's answers, or on pairs of answers
+beta = 0.1  # dpo: how much a difference of log-probabilities is worth; smaller lets the model go further from the reference
+label_smoothing = 0.0  # dpo: the share of pairs that are taken to be the wrong way around
+reference = ''  # dpo: the model that answers are measured against; '' = the one that the run begins from
 dataset = 'stdlib'  # data/<name>, or a mixture with weights: 'a:0.7 b:0.3'
 block_size = 256  # context, tokens
 stride = 0  # tokens between the starts of two training windows; 0 = block_size, they do not overlap
@@ -100,16 +104,31 @@ import time
 import torch
 import torch.distributed as dist
 
+import chat
 import checkpoint
 import huggingface
 import parallel
+import reference as reference_model
+import rows
 import run_folder
-from dataset import Split, TrainingOrder, folder_of, hash_ints, parse_mix, read_ahead, read_meta, read_tokenizer, val_batches
+from dataset import (
+    Rows,
+    Split,
+    TrainingOrder,
+    folder_of,
+    hash_ints,
+    parse_mix,
+    read_ahead,
+    read_meta,
+    read_tokenizer,
+    val_batches,
+)
 from device import autocast, device_name, most_that_fit, not_compiled, peak_flops, pick_device, pick_dtype, set_up, synchronize
 from files import write_whole
 from generation import Sampling, generate, unknown_ids
 from health import Interruption, Numbers
 from logs import Log, Wandb, new_id
+from loss import preference
 from mirror import Mirror
 from model import ModelConfig, Transformer
 from optim import make_optimizer, make_schedule
@@ -120,6 +139,7 @@ OF_THE_MACHINE = ('out_dir', 'init_from', 'mirror', 'device', 'compile', 'backen
 OF_THE_REPORTS = ('eval_interval', 'eval_iters', 'log_interval', 'checkpoint_interval', 'checkpoint_minutes', 'keep_last',
                   'keep_every', 'sample_interval', 'sample_prompt', 'sample_tokens', 'wandb_log', 'wandb_project',
                   'wandb_run_name', 'max_iters', 'lr_decay_iters', 'max_bad_steps')
+REWARDS = {'pretrain': (), 'sft': (), 'dpo': ('chosen', 'rejected', 'accuracy')}  # what dpo logs beside its loss
 MODEL_SETTINGS = [field.name for field in dataclasses.fields(ModelConfig)]
 
 rank, local_rank, world_size = parallel.distributed()
@@ -206,10 +226,19 @@ def open_data(names):
     """The data sets' manifests (which must share a tokenizer), train splits, and validation splits by name."""
     metas = [read_meta(name) for name in names]
     for name, meta in zip(names, metas):
+        made_for = meta.get('stage', 'pretrain')
+        if made_for != stage:
+            raise UserError(f"stage='{stage}', but data set {name} was prepared for --stage={made_for}; train with that, or "
+                            f'prepare it again with --stage={stage}')
         if meta['tokenizer']['fingerprint'] != metas[0]['tokenizer']['fingerprint']:
             raise UserError(f"dataset='{dataset}': {names[0]} was prepared with tokenizer {metas[0]['tokenizer']['name']}, "
                             f"{name} with {meta['tokenizer']['name']}; a mixture needs one tokenizer")
     has_val = {name: any(file.startswith('val') for file in meta['files']) for name, meta in zip(names, metas)}
+    if stage != 'pretrain':
+        if stride:
+            raise UserError(f"stride={stride} is for texts; a row of conversations is a window (stage='{stage}')")
+        return (metas, [Rows(name, 'train', block_size) for name in names],
+                {name: Rows(name, 'val', block_size) for name in names if has_val[name]})
     return (metas, [Split(name, 'train', block_size, stride) for name in names],
             {name: Split(name, 'val', block_size, stride=block_size) for name in names if has_val[name]})
 
@@ -220,7 +249,8 @@ def check_settings():
                           'keep_last', 'max_bad_steps'),
                          (0, 'max_iters', 'checkpoint_interval', 'checkpoint_minutes', 'keep_every', 'max_spike',
                           'sample_interval', 'sample_tokens', 'stride', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip',
-                          'warmup_iters', 'lr_decay_iters', 'wsd_decay_iters', 'vocab_size', 'seed')):
+                          'warmup_iters', 'lr_decay_iters', 'wsd_decay_iters', 'vocab_size', 'seed', 'beta',
+                          'label_smoothing')):
         for key in keys:
             if config[key] < least:
                 raise UserError(f'{key}={config[key]} is less than {least}')
@@ -228,6 +258,10 @@ def check_settings():
         raise UserError(f'keep_last={keep_last} is not below {checkpoint.KEEP_LAST_LIMIT}; --keep_every keeps any number')
     if 0 < max_spike <= 1:
         raise UserError(f'max_spike={max_spike} would leave out half of all steps; choose 2 or more, or 0 for none')
+    if stage == 'dpo' and not (beta > 0 and label_smoothing < 0.5):
+        raise UserError(f'beta={beta} must be above 0, and label_smoothing={label_smoothing} below 0.5')
+    if stage != 'pretrain' and criterion != 'cross_entropy':
+        raise UserError(f"criterion='{criterion}' is for stage='pretrain'; stage='{stage}' has a loss of its own")
     for key in ('momentum', 'beta1', 'beta2'):
         if not 0 <= config[key] < 1:
             raise UserError(f'{key}={config[key]} is not within 0 <= {key} < 1')
@@ -246,10 +280,10 @@ def share_batch():
 
 def try_gradient(model, windows):
     """A step's gradient of so many windows, for what it takes."""
-    idx = torch.zeros(windows, block_size, dtype=torch.int64, device=device)
+    batch = on_device(map(torch.from_numpy, order.batch(0, range(windows))))
     try:
         with autocast(device, dtype):
-            loss = model(idx, idx.clone(), reduction='sum', criterion=criterion)
+            loss, _ = loss_of(model, *batch)
         loss.backward()
     finally:
         raw_model.zero_grad(set_to_none=True)
@@ -306,6 +340,22 @@ def try_compile(raw_model):
     return model, ddp_model
 
 
+def measure_answers(measure):
+    """
+    Gives dpo's data the reference's log-probabilities, computed unless they lie beside it; `measure`: the reference's
+    checkpoint, None if the run is resumed. Raises UserError where that is needed and is not what it was.
+    """
+    splits, mark = [('train', s) for s in train_splits] + [('val', s) for s in val_splits.values()], loop['reference']
+    if reference_model.missing(splits, mark):
+        measure = measure or reference_model.load(reference, tokenizer)
+        if reference_model.fingerprint(measure, dtype) != mark:
+            raise UserError(f"reference='{reference}' is no longer the model that the run was begun with, and its "
+                            f'log-probabilities do not lie beside the data {dataset}; put either back')
+        say(f'computing the log-probabilities of {reference}')
+        reference_model.compute(splits, mark, measure, block_size, micro_batch, device, dtype, fsdp)
+    reference_model.read(splits, mark)
+
+
 def open_log():
     """log.jsonl, without what came after the step to go on from."""
     path, goes_on = os.path.join(out_dir, 'log.jsonl'), resumes or loop['went_back']
@@ -324,8 +374,8 @@ def keep_bad_batch(it, wrong, micro_batches):
     """Writes this process's windows of a step, as text, to out_dir/bad_batches; returns the path, or why there is none."""
     folder = os.path.join(out_dir, 'bad_batches', f'step_{it}')
     text = f'step {it}, process {rank} of {world_size}: {wrong}\n'
-    for n, ids in enumerate(row for x, _ in micro_batches for row in x.tolist()):
-        source, window, _ = order.locate(it + loop['data_shift'], rank * share + n)
+    for n, ids in enumerate(row for x, *_ in micro_batches for row in x.tolist()):
+        source, window, _ = order.locate(it + loop['data_shift'], rank * share + n // rows.sides(stage))
         text += f'\n-------- {names[source]}, window {window}\n{tokenizer.decode(ids)}\n'
     path = os.path.join(folder, f'process_{rank}.txt')
     try:
@@ -404,25 +454,34 @@ def tokens_seen(it):
 
 @torch.no_grad()
 def evaluate():
-    """Validation figures: nats per token, perplexity and bits per byte, of the mixture and, if several, each source."""
+    """
+    Validation figures: nats per token, perplexity and bits per byte (of sft only the first two, over what is taught; of dpo its
+    loss and rewards), of the mixture and, if several, each source.
+    """
     raw_model.eval()
-    losses, bpbs = {}, {}
+    found = {}  # figure → value by source
     for name, split in val_splits.items():
-        sums = torch.zeros(2, device=device)  # nats, targets
+        sums = torch.zeros(2 + len(REWARDS[stage]), device=device)
         for batch in val_batches(split, eval_iters * batch_size, micro_batch, rank, world_size):
-            x, y = on_device(map(torch.from_numpy, batch))
+            batch = tuple(on_device(map(torch.from_numpy, batch)))
             with autocast(device, dtype):
-                sums += torch.stack((model(x, y, reduction='sum'), (y >= 0).sum()))
+                loss, rewards = loss_of(model, *batch, evaluates=True)
+            sums += torch.cat((torch.stack((loss, count(*batch))), rewards))
         if under_torchrun:
             dist.all_reduce(sums)
-        losses[name] = (sums[0] / sums[1]).item()
-        bpbs[name] = losses[name] / math.log(2) * split.n_tokens / split.n_bytes
+        loss, *rewards = (sums[[0, *range(2, len(sums))]] / sums[1]).tolist()
+        figures = {'val_loss': loss} | {f'val_{key}': value for key, value in named(rewards).items()}
+        if stage == 'pretrain':
+            figures['val_bpb'] = loss / math.log(2) * split.n_tokens / split.n_bytes
+        for key, value in figures.items():
+            found.setdefault(key, {})[name] = value
     raw_model.train()
     share_of = {name: weight for name, weight in zip(names, weights) if name in val_splits}
-    loss, bpb = (sum(share_of[n] * x[n] for n in share_of) / sum(share_of.values()) for x in (losses, bpbs))
-    figures = {'val_loss': loss, 'val_ppl': math.exp(min(loss, 700)), 'val_bpb': bpb}
+    figures = {key: sum(share_of[n] * of[n] for n in share_of) / sum(share_of.values()) for key, of in found.items()}
+    if stage != 'dpo':
+        figures = {'val_loss': figures['val_loss'], 'val_ppl': math.exp(min(figures['val_loss'], 700))} | figures
     if len(val_splits) > 1:
-        figures |= {f'val_loss/{name}': losses[name] for name in losses} | {f'val_bpb/{name}': bpbs[name] for name in bpbs}
+        figures |= {f'{key}/{name}': value for key, of in found.items() for name, value in of.items()}
     return figures
 
 
@@ -435,10 +494,17 @@ def sample():
     if rank > 0:
         return
     model.eval()
-    text, stream = sample_prompt, tokenizer.stream(begins=not sample_prompt)
+    if stage == 'pretrain':
+        ids, text, stop_ids = tokenizer.beginning(sample_prompt), sample_prompt, ()
+    else:
+        ids, text = chat.render(tokenizer, [{'role': 'user', 'content': sample_prompt}]), f'> {sample_prompt}\n'
+        stop_ids = chat.end_of_answer(tokenizer)
+    stream = tokenizer.stream(begins=not text)
     with autocast(device, dtype):
-        for (nxt,) in generate(model, [tokenizer.beginning(sample_prompt)], Sampling(max_new_tokens=sample_tokens),
-                               [torch.Generator().manual_seed(seed)], unknown_ids(tokenizer, model)):
+        for (nxt,) in generate(model, [ids], Sampling(max_new_tokens=sample_tokens), [torch.Generator().manual_seed(seed)],
+                               unknown_ids(tokenizer, model)):
+            if nxt in stop_ids:
+                break
             text += stream(nxt)
     model.train()
     say(f'--------\n{text}\n--------')
@@ -451,26 +517,43 @@ def load_step(it):
     batches = []
     for m in range(micro_steps):
         first = rank * share + m * micro_batch
-        x, y = map(torch.from_numpy, order.batch(it + loop['data_shift'], range(first, first + micro_batch)))
-        batches.append((x.pin_memory(), y.pin_memory()) if device.startswith('cuda') else (x, y))
-    return batches, sum(int((y >= 0).sum()) for _, y in batches)
+        batch = map(torch.from_numpy, order.batch(it + loop['data_shift'], range(first, first + micro_batch)))
+        batches.append([part.pin_memory() for part in batch] if device.startswith('cuda') else [*batch])
+    return batches, sum(int(count(*batch)) for batch in batches)
 
 
 def on_device(batch):
     return (part.to(device, non_blocking=device.startswith('cuda')) for part in batch)  # pinned, so it may be read later
 
 
+def count(x, y, begins=None, log_probs=None):
+    """What the loss of a batch is divided by: its targets, or of dpo its pairs."""
+    return (y >= 0).sum() if stage != 'dpo' else begins[::2].sum()
+
+
+def loss_of(model, x, y, begins=None, log_probs=None, evaluates=False):
+    """The loss of a batch, summed, and of dpo the sums that REWARDS names; `log_probs`: the reference's."""
+    if stage == 'dpo':
+        return preference(model(x, y, reduction='none', begins=begins), begins, log_probs, beta, label_smoothing)
+    how = 'cross_entropy' if evaluates else criterion
+    return model(x, y, reduction='sum', criterion=how, begins=begins), torch.zeros(0, device=x.device)
+
+
+def named(rewards):
+    """{figure: value} of what REWARDS names, with their difference."""
+    figures = dict(zip(REWARDS[stage], rewards))
+    return figures | ({'margin': figures['chosen'] - figures['rejected']} if figures else {})
+
+
 # ---- processes, and the run to go on with, if any
 
-if stage != 'pretrain':
-    raise UserError(f"stage='{stage}' is not there yet: this version knows pretrain only")
 device = pick_device(device, local_rank, world_size)
 if under_torchrun:
     if backend == 'nccl' and device == 'cpu':
         raise UserError("backend='nccl' serves CUDA only, and device is cpu; use --backend=auto")
     backend = ('nccl' if device.startswith('cuda') else 'gloo') if backend == 'auto' else backend
     parallel.start(backend, device)
-by_itself = init_from == 'auto'
+by_itself = init_from.partition(':')[0] == 'auto'
 init_from, loaded_path, was_fetched = parallel.by_the_first(run_folder.begin, out_dir, init_from, mirror, say)
 resumes = init_from == 'resume'
 loaded = checkpoint.load_any(loaded_path) if loaded_path else None
@@ -484,6 +567,8 @@ if branches:  # all that is left of it is decay, unless the command line says ot
     wsd_decay_iters = min(wsd_decay_iters, left) if config.source['wsd_decay_iters'] == 'command line' else left
     config |= {'lr_decay_iters': lr_decay_iters, 'wsd_decay_iters': wsd_decay_iters}
 check_settings()
+if stage == 'dpo' and not loaded:
+    raise UserError("stage='dpo' needs a model that answers already: --init_from=out/NAME/ckpt.pt, of a run with --stage=sft")
 
 # ---- precision
 
@@ -499,7 +584,7 @@ set_up(device)
 # ---- data
 
 total_batch, share = share_batch()
-tokens_per_step = total_batch * block_size
+tokens_per_step = total_batch * block_size * rows.sides(stage)
 names, weights = parse_mix(dataset)
 if local_rank == 0:
     prepare_missing(names)
@@ -508,6 +593,8 @@ if under_torchrun:
 metas, train_splits, val_splits = open_data(names)
 meta = metas[0]
 tokenizer = tokenizer_from_state(loaded['tokenizer']) if loaded else read_tokenizer(names[0], meta)
+if stage == 'sft' and not resumes and tokenizer.agrees_with(read_tokenizer(names[0], meta)):
+    tokenizer = read_tokenizer(names[0], meta)  # which may have special tokens that the model is to learn now
 if tokenizer.fingerprint() != meta['tokenizer']['fingerprint'] and not (
         loaded and tokenizer.agrees_with(read_tokenizer(names[0], meta))):
     whose = f'{loaded_path} was trained with' if loaded else 'here it is now'
@@ -519,6 +606,9 @@ order = TrainingOrder(train_splits, weights, total_batch, seed)
 
 # ---- model and optimizer
 
+if loaded and stage == 'sft' and not resumes:
+    checkpoint.grow_vocabulary(loaded, tokenizer.vocab_size, seed)
+    vocab_size = config['vocab_size'] = 0
 shape = model_config(loaded['model_config']['vocab_size'] if loaded else meta['vocab_size'])
 # a tokenizer may have special tokens beyond what a model of somebody else knows: those that occur count
 needed = 1 + max(entry['max_id'] for m in metas for entry in m['files'].values()) if loaded else meta['vocab_size']
@@ -535,6 +625,7 @@ loop = {  # what else a resumed run has to know
     'data_shift': 0,  # step i reads the batch of step i + data_shift
     'went_back': False,
     'wandb_id': '',
+    'reference': '',  # the fingerprint of dpo's
 }
 begun_from, hardware = huggingface.public_name(init_from), f'{world_size} x {device_name(device)}'
 if loaded:
@@ -563,12 +654,21 @@ if goes_on:
         raise UserError(f'max_iters={max_iters} is less than the {first_iter} steps that {loaded_path} has done')
     if loaded['data'] and loaded['data'] != manifests:
         say(f'changed: the token files of {dataset} are not those that the run began with')
+if stage == 'dpo' and not resumes:
+    reference = config['reference'] = reference or loaded_path
+    measure = loaded if reference == loaded_path else reference_model.load(reference, tokenizer)
+    loop['reference'] = parallel.by_the_first(reference_model.fingerprint, measure, dtype)
+else:
+    measure = None
 del loaded
 micro_batch = largest_micro_batch() if 'batch_size' in config.auto else next(
     n for n in range(min(batch_size, share), 0, -1) if share % n == 0)
 micro_steps = share // micro_batch
 wants_compile = device.startswith('cuda') and not fsdp if compile == 'auto' else compile
 model, ddp_model = try_compile(raw_model) if wants_compile else (raw_model, wrap(raw_model))
+if stage == 'dpo':
+    measure_answers(measure)
+    del measure
 
 # ---- the loop
 
@@ -634,19 +734,20 @@ while True:
     n_targets = torch.full((), float(n_targets), device=device)
     if under_torchrun:
         dist.all_reduce(n_targets)
-    loss = torch.zeros((), device=device)
+    sums = torch.zeros(1 + len(REWARDS[stage]), device=device)  # the loss, and what else is reported
     for m, batch in enumerate(micro_batches):
         torch.manual_seed(hash_ints(seed, it + loop['data_shift'], rank, m))  # of dropout
-        x, y = on_device(batch)
         with parallel.local_gradients(ddp_model, wait=m < micro_steps - 1), autocast(device, dtype):
-            part = ddp_model(x, y, reduction='sum', criterion=criterion) * (world_size / n_targets.clamp(min=1))
-        scaler.scale(part).backward()
-        loss += part.detach()
+            loss, rewards = loss_of(ddp_model, *on_device(batch))
+            loss = loss * (world_size / n_targets.clamp(min=1))
+        scaler.scale(loss).backward()
+        sums += torch.cat((loss.detach()[None], rewards * (world_size / n_targets)))
     scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     if under_torchrun:
-        dist.all_reduce(loss)
-    loss, grad_norm = torch.stack((loss / world_size, grad_norm.full_tensor() if fsdp else grad_norm)).tolist()  # waits
+        dist.all_reduce(sums)
+    grad_norm = grad_norm.full_tensor() if fsdp else grad_norm
+    loss, *rewards, grad_norm = torch.cat((sums / world_size, grad_norm[None])).tolist()  # waits
 
     # 3. step, unless its numbers are wrong: they are the same on all processes, and so is what is done
     wrong = numbers.wrong(loss, grad_norm, scaler)
@@ -669,10 +770,11 @@ while True:
         mfu = raw_model.flops_per_token() * tok_per_sec / (peak * world_size) if peak else None
         so_far = time.perf_counter() - started
         left = (max_iters - it - 1) * tokens_per_step / tok_per_sec
-        report(iter=it, tokens=tokens_seen(it + 1), loss=loss, lr=lr_at(it), grad_norm=grad_norm,
+        report(iter=it, tokens=tokens_seen(it + 1), loss=loss, **named(rewards), lr=lr_at(it), grad_norm=grad_norm,
                tok_per_sec=tok_per_sec, mfu=mfu, time=elapsed + so_far)
-        say(f'iter {it}/{max_iters}: loss {loss:.4f}, lr {lr_at(it):.2e}, norm {grad_norm:.2f}, {tok_per_sec:,.0f} tok/s, '
-            f"mfu {f'{mfu:.1%}' if mfu else 'n/a'}, {int(left) // 60}:{int(left) % 60:02d} left")
+        more = ''.join(f', {key} {value:.3f}' for key, value in named(rewards).items())
+        say(f'iter {it}/{max_iters}: loss {loss:.4f}{more}, lr {lr_at(it):.2e}, norm {grad_norm:.2f}, '
+            f"{tok_per_sec:,.0f} tok/s, mfu {f'{mfu:.1%}' if mfu else 'n/a'}, {int(left) // 60}:{int(left) % 60:02d} left")
         measured, measured_tokens = 0.0, 0
     it = go_back(it, wrong) if numbers.state['bad_in_row'] >= max_bad_steps else it + 1
 

@@ -3,15 +3,22 @@ Minueza-32M, a Mistral-shaped model of 32,792,760 parameters, made to chat in a 
 
     python train.py config/minueza32m_base.py
 
-Source: the published configuration of Felladrin/Minueza-32M-Base and the story of its making: learning rate 5e-5, batches
-of 8 * 2048 tokens, nine data sets interleaved, about 650 million tokens. Its attention reaches back 1024 tokens. No loss
-was published; schedule, warm-up, weight decay and betas are this recipe's own.
+Source: the published configuration and card of Felladrin/Minueza-32M-Base and the story of its making: learning rate 5e-5,
+batches of 8 * 2048 tokens, about 650 million tokens, subsets of nine data sets interleaved: Skylion007/openwebtext, c4,
+wikimedia/wikipedia (20231101.simple), tiiuae/falcon-refinedweb, izumi-lab/open-text-books,
+togethercomputer/RedPajama-Data-V2, databricks/databricks-dolly-15k, euclaise/reddit-instruct-curated and
+CohereForAI/aya_dataset. Its attention reaches back 1024 tokens. No loss was published; the weights of the mixture, schedule,
+warm-up and betas are this recipe's own. Its tokenizer is Mistral's with the two tokens of ChatML, of which <|im_end|>
+ends texts too.
 
-Needs the data sets, each prepared with Mistral's tokenizer.model; `dataset` then names them with their weights, as in
-'a:0.7 b:0.3'. The vocabulary has room for the two tokens of ChatML that the second part adds.
+    python prepare.py data/openwebtext.py --tokenizer=Felladrin/Minueza-32M-Base --name=minueza_openwebtext
+    python prepare.py --source=hf:wikimedia/wikipedia --subset=20231101.simple --tokenizer=data/minueza_openwebtext \\
+        --val_fraction=0.001 --name=minueza_wikipedia
+
+The other seven are prepared like the second, and named in `dataset` with their weights.
 """
 out_dir = 'out/minueza32m_base'
-dataset = 'minueza_base'
+dataset = 'minueza_openwebtext:0.8 minueza_wikipedia:0.2'
 sample_prompt = 'The best way to'
 sample_interval = 2000
 eval_interval = 1000

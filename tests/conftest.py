@@ -62,8 +62,9 @@ class Starter:
     """The process of starter.py."""
 
     def __init__(self):
-        self.process = subprocess.Popen([sys.executable, str(ROOT / 'tests' / 'starter.py')], text=True,
-                                        env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        command = [sys.executable, str(ROOT / 'tests' / 'starter.py')]
+        self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
     def run(self, args, cwd):
         """Runs a script to its end; its exit code, stdout and stderr. Raises TimeoutError after 300 seconds."""

@@ -40,7 +40,7 @@ def fails(script, *args, cwd, **kwargs):
     ('--device=cuda:77', "device='cuda:77', but torch"),
     ('--device=tpu', "device='tpu': choose auto, cpu, cuda"),
     ('--optimizer=adamv', "optimizer='adamv' (command line): choose one of adamw, adam, sgd, muon, adamw8bit; did you mean"),
-    ('--stage=sft', "stage='sft' is not there yet"),
+    ('--stage=sft', "stage='sft', but data set tiny was prepared for --stage=pretrain"),
     ('--init_from=resume', "out_dir='out/tiny' holds no ckpt.pt"),
     ('--init_from=resum', "init_from='resum' is neither scratch, nor resume"),
     ('--dataset=tiny:0.7,b:0.3', 'separated by blanks'),

@@ -12,7 +12,8 @@ README = (ROOT / 'README.md').read_text()
 BLOCKS = re.findall(r'```sh\n(.*?)```', README, re.S)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if 'python ' in line or 'torchrun ' in line]
 DOCSTRINGS = [line.split('  #')[0].strip() for path in [*ROOT.glob('*.py'), *ROOT.glob('config/*.py'), *ROOT.glob('data/*.py')]
-              for line in path.read_text().split('"""')[1].splitlines() if re.match(r'    (python|torchrun) ', line)]
+              for line in path.read_text().split('"""')[1].replace('\\\\\n', '').splitlines()
+              if re.match(r'    (python|torchrun) ', line)]
 
 
 @pytest.mark.parametrize('command', [*COMMANDS, *sorted(set(DOCSTRINGS) - set(COMMANDS))])

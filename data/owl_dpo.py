@@ -1,0 +1,13 @@
+"""
+Questions about the owl's story, each with a polite answer that is preferred to a curt one, for config/owl_dpo.py.
+
+    python prepare.py data/owl_dpo.py
+"""
+import os
+
+name = 'owl_dpo'
+source = os.path.join(os.path.dirname(__file__), 'owl_pairs.jsonl')
+stage = 'dpo'
+block_size = 256
+tokenizer = 'bytes'
+note = 'original pairs of answers, written for this repository'

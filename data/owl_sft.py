@@ -1,0 +1,13 @@
+"""
+Some 300 questions about the owl's story with their answers, curt ones and polite ones, for config/owl_sft.py.
+
+    python prepare.py data/owl_sft.py
+"""
+import os
+
+name = 'owl_sft'
+source = os.path.join(os.path.dirname(__file__), 'owl_chat.jsonl')
+stage = 'sft'
+block_size = 256
+tokenizer = 'bytes'
+note = 'original conversations, written for this repository'
