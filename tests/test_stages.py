@@ -14,6 +14,7 @@ from test_model import FAMILIES, make
 from test_train import assert_same
 from test_train import checkpoint as saved
 
+import huggingface
 import rows
 from chat import CHATML_TOKENS, encode, for_chats, render
 from checkpoint import load_model
@@ -252,8 +253,7 @@ def two_models():
     return policy, reference
 
 
-def ours(policy, reference, beta, label_smoothing):
-    tok = for_chats(ByteTokenizer())
+def ours(policy, reference, beta, label_smoothing, tok):
     examples = [rows.encode(tok, ([user(q), assistant(a)], [user(q), assistant(b)], 1), 'dpo', 96)[0] for q, a, b in PAIRS]
     found = rows.fill(np.concatenate(examples), list(map(len, examples)), 'dpo', 96, 256)
     ids, bits = (found % 2**rows.SHIFT).astype(np.int64), found >> rows.SHIFT
@@ -278,14 +278,45 @@ def test_loss_and_gradient_are_the_papers(two_models, beta, label_smoothing, chu
     tok = for_chats(ByteTokenizer())
     pairs = [tuple(encode(tok, [user(q), assistant(a)]) for a in answers) for q, *answers in PAIRS]
     found = []
-    for value in (ours(policy, reference, beta, label_smoothing)[0], by_hand(policy, reference, pairs, beta, label_smoothing)):
+    how = beta, label_smoothing
+    for value in (ours(policy, reference, *how, tok)[0], by_hand(policy, reference, pairs, *how)):
         policy.zero_grad()
         value.backward()
         found.append((value.detach(), torch.cat([p.grad.flatten() for p in policy.parameters()])))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-6)
-    value, rewards = ours(reference, reference, beta, label_smoothing)
+    value, rewards = ours(reference, reference, beta, label_smoothing, tok)
     assert value.item() == pytest.approx(math.log(2)) and rewards.abs().max() == 0  # the same model twice
+
+
+def test_loss_and_gradient_are_trls(two_models, tmp_path):
+    """Beside the DPO of trl, on models that transformers opened. Its answers go on to their text's end: so must ours."""
+    trl, transformers = pytest.importorskip('trl'), pytest.importorskip('transformers')
+    datasets = pytest.importorskip('datasets')
+    (tmp_path / 'template').write_text(
+        "{% for m in messages %}{{ '' if loop.first else '\\n' }}<|im_start|>{{ m['role'] }}\\n{{ m['content'] }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}{{ '\\n' }}<|im_start|>assistant\\n{% endif %}")
+    tok = for_chats(ByteTokenizer().extended(CHATML_TOKENS, {}), str(tmp_path / 'template'))
+    theirs = []
+    for name, model in zip(('policy', 'reference'), two_models):
+        huggingface.write(str(tmp_path / name), model, tok)
+        theirs.append(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name))
+    how = trl.DPOConfig(str(tmp_path / 'out'), beta=0.3, per_device_train_batch_size=len(PAIRS), max_length=96, use_cpu=True,
+                        report_to=[], bf16=False, gradient_checkpointing=False)
+    data = datasets.Dataset.from_list([{'prompt': [user(q)], 'chosen': [assistant(a)], 'rejected': [assistant(b)]}
+                                       for q, a, b in PAIRS])
+    trainer = trl.DPOTrainer(theirs[0], theirs[1], args=how, train_dataset=data,
+                             processing_class=transformers.AutoTokenizer.from_pretrained(tmp_path / 'policy'))
+    loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    loss.backward()
+    policy = two_models[0]
+    policy.zero_grad()
+    value, _ = ours(*two_models, 0.3, 0.0, tok)
+    value.backward()
+    assert value.item() == pytest.approx(loss.item(), rel=1e-5) and abs(value.item() - math.log(2)) > 0.05
+    mine = huggingface.to_theirs({name: p.grad for name, p in policy.named_parameters()}, policy.config)
+    for name, p in theirs[0].named_parameters():
+        assert (mine[name] - p.grad).norm() < 1e-4 * p.grad.norm(), name
 
 
 def test_chunks_give_the_same_nats():
@@ -412,7 +443,6 @@ def test_a_mixture_and_a_mirror(place):
 
 def test_transformers_gives_the_ids_that_were_trained_on(tokenizer, tmp_path):
     transformers = pytest.importorskip('transformers')
-    import huggingface
     tok = for_chats(tokenizer)
     model = make(FAMILIES['llama'] | {'vocab_size': tok.vocab_size})
     huggingface.write(str(tmp_path), model, tok)
