@@ -139,7 +139,6 @@ OF_THE_MACHINE = ('out_dir', 'init_from', 'mirror', 'device', 'compile', 'backen
 OF_THE_REPORTS = ('eval_interval', 'eval_iters', 'log_interval', 'checkpoint_interval', 'checkpoint_minutes', 'keep_last',
                   'keep_every', 'sample_interval', 'sample_prompt', 'sample_tokens', 'wandb_log', 'wandb_project',
                   'wandb_run_name', 'max_iters', 'lr_decay_iters', 'max_bad_steps')
-REWARDS = {'pretrain': (), 'sft': (), 'dpo': ('chosen', 'rejected', 'accuracy')}  # what dpo logs beside its loss
 MODEL_SETTINGS = [field.name for field in dataclasses.fields(ModelConfig)]
 
 rank, local_rank, world_size = parallel.distributed()
@@ -461,7 +460,7 @@ def evaluate():
     raw_model.eval()
     found = {}  # figure → value by source
     for name, split in val_splits.items():
-        sums = torch.zeros(2 + len(REWARDS[stage]), device=device)
+        sums = torch.zeros(2 + len(REPORTED), device=device)
         for batch in val_batches(split, eval_iters * batch_size, micro_batch, rank, world_size):
             batch = tuple(on_device(map(torch.from_numpy, batch)))
             with autocast(device, dtype):
@@ -526,22 +525,28 @@ def on_device(batch):
     return (part.to(device, non_blocking=device.startswith('cuda')) for part in batch)  # pinned, so it may be read later
 
 
-def count(x, y, begins=None, log_probs=None):
-    """What the loss of a batch is divided by: its targets, or of dpo its pairs."""
-    return (y >= 0).sum() if stage != 'dpo' else begins[::2].sum()
+# what a batch is divided by, and its loss, summed, with the sums of what else is reported: of targets, or of dpo's pairs
+
+def count_targets(x, y, begins=None):
+    return (y >= 0).sum()
 
 
-def loss_of(model, x, y, begins=None, log_probs=None, evaluates=False):
-    """The loss of a batch, summed, and of dpo the sums that REWARDS names; `log_probs`: the reference's."""
-    if stage == 'dpo':
-        return preference(model(x, y, reduction='none', begins=begins), begins, log_probs, beta, label_smoothing)
+def loss_of_targets(model, x, y, begins=None, evaluates=False):
     how = 'cross_entropy' if evaluates else criterion
     return model(x, y, reduction='sum', criterion=how, begins=begins), torch.zeros(0, device=x.device)
 
 
+def count_pairs(x, y, begins, log_probs):
+    return begins[::2].sum()
+
+
+def loss_of_pairs(model, x, y, begins, log_probs, evaluates=False):
+    return preference(model(x, y, reduction='none', begins=begins), begins, log_probs, beta, label_smoothing)
+
+
 def named(rewards):
-    """{figure: value} of what REWARDS names, with their difference."""
-    figures = dict(zip(REWARDS[stage], rewards))
+    """{figure: value} of what is reported beside the loss, with dpo's margin."""
+    figures = dict(zip(REPORTED, rewards))
     return figures | ({'margin': figures['chosen'] - figures['rejected']} if figures else {})
 
 
@@ -567,6 +572,11 @@ if branches:  # all that is left of it is decay, unless the command line says ot
     wsd_decay_iters = min(wsd_decay_iters, left) if config.source['wsd_decay_iters'] == 'command line' else left
     config |= {'lr_decay_iters': lr_decay_iters, 'wsd_decay_iters': wsd_decay_iters}
 check_settings()
+count, loss_of, REPORTED = {
+    'pretrain': (count_targets, loss_of_targets, ()),
+    'sft': (count_targets, loss_of_targets, ()),
+    'dpo': (count_pairs, loss_of_pairs, ('chosen', 'rejected', 'accuracy')),
+}[stage]
 if stage == 'dpo' and not loaded:
     raise UserError("stage='dpo' needs a model that answers already: --init_from=out/NAME/ckpt.pt, of a run with --stage=sft")
 
@@ -734,7 +744,7 @@ while True:
     n_targets = torch.full((), float(n_targets), device=device)
     if under_torchrun:
         dist.all_reduce(n_targets)
-    sums = torch.zeros(1 + len(REWARDS[stage]), device=device)  # the loss, and what else is reported
+    sums = torch.zeros(1 + len(REPORTED), device=device)  # the loss, and what else is reported
     for m, batch in enumerate(micro_batches):
         torch.manual_seed(hash_ints(seed, it + loop['data_shift'], rank, m))  # of dropout
         with parallel.local_gradients(ddp_model, wait=m < micro_steps - 1), autocast(device, dtype):
