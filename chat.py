@@ -29,7 +29,8 @@ def chat_template(tokenizer):
 
 def for_chats(tokenizer, template_file=''):
     """
-    The tokenizer with a chat template: that of a file, or its own, or ChatML, whose tokens it gets where it lacks them.
+    The tokenizer with a chat template: that of a file, or its own, or ChatML; it gets ChatML's tokens where the template has
+    them and it lacks them.
     Raises UserError for a template that nothing can be learnt from.
     """
     template = chat_template(tokenizer) or CHATML
@@ -39,9 +40,9 @@ def for_chats(tokenizer, template_file=''):
                 template = f.read()
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"chat_template='{template_file}' cannot be read ({e})") from None
-    tokenizer = tokenizer.extended(CHATML_TOKENS if template == CHATML else (), {'chat_template': template})
+    tokenizer = tokenizer.extended([token for token in CHATML_TOKENS if token in template], {'chat_template': template})
     ids, taught = encode(tokenizer, [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
-    return tokenizer.extended((), {'eos_token_id': sorted({tokenizer.eot_id, int(ids[taught][-1])})})
+    return tokenizer.extended((), {'eos_token_id': sorted(tokenizer.stop_ids() | {int(ids[taught][-1])})})
 
 
 @functools.cache
@@ -63,11 +64,10 @@ def _compiled(template):
 
 def written(tokenizer, messages, answers):
     """Messages → text; `answers`: up to where the assistant's answer begins. Raises UserError if the template refuses them."""
-    name_of = {i: token for token, i in tokenizer.special.items()}
     try:
         return _compiled(chat_template(tokenizer)).render(
             messages=messages, tools=None, documents=None, add_generation_prompt=answers,
-            bos_token=name_of.get(tokenizer.bos_id, ''), eos_token=name_of.get(tokenizer.eot_id, ''))
+            bos_token=tokenizer.spelled('bos'), eos_token=tokenizer.spelled('eos'))
     except Exception as e:  # a template is a program, and can fail in any way
         raise UserError(f'the chat template of {tokenizer.name} refuses this conversation: {e}') from None
 
@@ -82,7 +82,7 @@ def encode(tokenizer, messages, first=0):
     A conversation → its ids, as `render` gives them, and which of them are taught (bool): the assistant's words, from
     message `first` on, with the special token that ends them. A token that begins before such words is not.
 
-    Raises UserError for a template that does not end an answer, or writes what was said otherwise when more is said.
+    Raises UserError where the template has no form for it, does not end an answer, or does not begin it as its prompt does.
     """
     text = written(tokenizer, messages, answers=False)
     ids = np.array(tokenizer.encode(text, special=True), np.uint32)
@@ -150,7 +150,7 @@ def read_pair(record, names):
         else:
             pair.append(check(_begin(found) + _message('assistant', found, key)))
     shared = _shared(*pair)
-    if pair[0] != pair[1] and not all(any(m['role'] == 'assistant' for m in side[shared:]) for side in pair):
+    if pair[0] != pair[1] and not all(m['role'] == 'assistant' for side in pair for m in (side[shared:] or [{'role': ''}])[:1]):
         raise ValueError('differs in what is asked, not in what is answered')
     return *pair, shared
 
@@ -165,8 +165,8 @@ def _values(record, names, *one_of):
         raise ValueError('is no object')
     found = {}
     for ours, theirs in names.items():
-        values = [record[key] for key in theirs if record.get(key)] if any(key in record for key in theirs) else None
-        if values is not None:
+        values = [record[key] for key in theirs if record.get(key)]
+        if any(record.get(key) is not None for key in theirs):
             found[ours] = '\n\n'.join(values) if all(isinstance(value, str) for value in values) else values[0]
     if not found.keys() & set(one_of):
         raise ValueError(f'has no {" or ".join(one_of)}; its fields are: {", ".join(sorted(map(str, record)))}, and --fields '
@@ -192,11 +192,18 @@ def check(messages):
         role, content = (message.get('role'), message.get('content')) if isinstance(message, dict) else (None, None)
         if role not in ROLES:
             raise ValueError(f'has a message with the role {role!r:.40}, which is none of {", ".join(ROLES)}')
-        if not isinstance(content, str) or not content.strip():
+        if content is not None and not isinstance(content, str):
+            raise ValueError(f'has a message that is no text (role {role})')
+        if not content or not content.strip():
             raise ValueError(f'has an empty message (role {role})')
     if not any(message['role'] == 'assistant' for message in messages):
         raise ValueError('holds no answer of the assistant')
-    return [{'role': message['role'], 'content': message['content']} for message in messages]
+    return [{'role': message['role'], 'content': _whole(message['content'])} for message in messages]
+
+
+def _whole(text):
+    """JSON can write half a character, which no text has."""
+    return text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')
 
 
 # ---- conversing

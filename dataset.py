@@ -58,7 +58,8 @@ def read_meta(name):
                                     1 < meta['block_size'] < 2**24 and all(
                                         type(entry['mask']) is str and type(entry['mask_sha256']) is str and
                                         type(entry['most_in_row']) is int and 0 < entry['most_in_row'] < meta['block_size'] and
-                                        type(entry['taught']) is int and entry['tokens'] % meta['block_size'] == 0
+                                        type(entry['taught']) is int and entry['tokens'] > 0 and
+                                        entry['tokens'] % (meta['block_size'] * sides(meta['stage'])) == 0
                                         for entry in entries)):
             raise ValueError('its rows are none')
         inside = [meta['tokenizer'].get('file', 'x'), *meta['files'], *(entry.get('mask', 'x') for entry in entries)]
@@ -230,7 +231,10 @@ class Rows:
         self.name, self.block_size, self.vocab_size = name, block_size, meta['vocab_size']
         self.manifest = _kept(meta)
         entries = {f: entry for f, entry in sorted(meta['files'].items()) if f.startswith(split) and f.endswith('.bin')}
-        dtype, hashes = np.dtype(meta['dtype']).newbyteorder('<'), sum(e['tokens'] for e in entries.values()) < CHECKSUM_LIMIT
+        if not entries:
+            raise UserError(f"{folder} has no '{split}' split; prepare it again")
+        dtype = np.dtype(meta['dtype']).newbyteorder('<')
+        hashes = sum(entry['tokens'] for entry in entries.values()) * dtype.itemsize <= CHECKSUM_LIMIT
         self.files, self.masks = [], []
         for file, entry in entries.items():
             self.files.append(_check(os.path.join(folder, file), dtype, entry, meta, hashes))
@@ -259,9 +263,17 @@ class Rows:
         targets = np.full_like(ids, -1)
         targets[:, :-1] = np.where(bits[:, 1:] & TAUGHT, ids[:, 1:], -1)
         begins = bits & BEGINS != 0
+        if not begins[:, 0].all() or begins.sum(1).max() > self.most_in_row:
+            raise UserError(f'{self.masks[f].path} is damaged: row {k} does not hold the conversations that meta.json says; '
+                            'prepare the data again')
         if self.sides == 2:
             return ids, targets, begins, self.reference[k]
         return ids[0], targets[0], begins[0]
+
+
+def split_of(name, split, block_size, stride):
+    """A split of a data set as windows of a text, or as rows of conversations, by what it holds."""
+    return Rows(name, split, block_size) if 'stage' in read_meta(name) else Split(name, split, block_size, stride)
 
 
 def _check_size(path, dtype, entry):

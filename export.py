@@ -146,6 +146,8 @@ def card_of_the_run(folder, loaded, n, log):
                       f"gradients clipped at {run['grad_clip']}"),
         ('learning rate', f"{run['learning_rate']}, {run['schedule']} to {run['min_lr']} over "
                           f"{run['lr_decay_iters'] or run['max_iters']:,} steps, {run['warmup_iters']:,} of them warm-up"),
+        *([('stage', run['stage'])] if run.get('stage', 'pretrain') != 'pretrain' else []),
+        *([('beta, label smoothing', f"{run['beta']}, {run['label_smoothing']}")] if run.get('stage') == 'dpo' else []),
         ('dropout', run['dropout']), ('precision', run['dtype']), ('seed', run['seed']),
         ('hardware', loaded['hardware'] or 'not recorded'),
         ('time', f'{minutes:.1f} minutes' if minutes < 120 else f'{minutes / 60:.1f} hours'))

@@ -416,7 +416,7 @@ def tokenizer_files(tokenizer, config):
     has_bos = tokenizer.bos_id is not None
     about = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': config.block_size,
              'clean_up_tokenization_spaces': False, 'add_bos_token': has_bos, 'eos_token': spell(tokenizer.eot_id),
-             'bos_token': spell(tokenizer.bos_id if has_bos else tokenizer.eot_id)}
+             'bos_token': tokenizer.beside.get('bos_token') or spell(tokenizer.bos_id if has_bos else tokenizer.eot_id)}
     flags = ('content', 'lstrip', 'normalized', 'rstrip', 'single_word', 'special')
     about['added_tokens_decoder'] = {token['id']: {key: token[key] for key in flags}
                                      for token in json.loads(text)['added_tokens']}  # llama.cpp's converter looks here
@@ -446,7 +446,7 @@ def _byte_level(vocab, merges, special, words, **options):
 def _bytes_json(tokenizer):
     """256 bytes and no merges."""
     from tokenizers.pre_tokenizers import ByteLevel
-    return _byte_level({bytes([b]): b for b in range(256)}, [], {'<|endoftext|>': tokenizer.eot_id, **tokenizer.special},
+    return _byte_level({bytes([b]): b for b in range(256)}, [], tokenizer.special,
                        ByteLevel(add_prefix_space=False))
 
 
@@ -484,7 +484,7 @@ def _sentencepiece_json(tokenizer):
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     proto = sentencepiece_model_pb2.ModelProto.FromString(tokenizer.model)
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-    kind_of, (NORMAL, UNKNOWN, CONTROL, DEFINED, _, BYTE) = [piece.type for piece in proto.pieces], range(1, 7)
+    kind_of, (NORMAL, UNKNOWN, _, DEFINED, _, BYTE) = [piece.type for piece in proto.pieces], range(1, 7)
     unknown = pieces[kind_of.index(UNKNOWN)][0]
     if proto.trainer_spec.model_type == proto.trainer_spec.BPE:
         vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
@@ -508,8 +508,7 @@ def _sentencepiece_json(tokenizer):
         made.pre_tokenizer = pre_tokenizers.Split(Regex('|'.join(defined)), 'isolated')
     made.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(),
                                       *([decoders.Strip(' ', 1, 0)] if spec.add_dummy_prefix else [])])
-    made.add_special_tokens([piece for (piece, _), kind in zip(pieces, kind_of) if kind in (UNKNOWN, CONTROL)] +
-                            sorted(tokenizer.special, key=tokenizer.special.get))
+    made.add_special_tokens(sorted(tokenizer.special, key=tokenizer.special.get))
     if tokenizer.bos_id is not None:
         bos = pieces[tokenizer.bos_id][0]
         made.post_processor = processors.TemplateProcessing(single=f'{bos} $A', pair=f'{bos} $A {bos} $B',

@@ -290,6 +290,10 @@ def attention(q, k, v, mask=None, dropout=0.0):
     trains_on_cpu = torch.is_grad_enabled() and q.device.type == 'cpu'
     if trains_on_cpu and q.dtype == torch.bfloat16 and not dropout and 1 < T <= 1024:
         return attention_in_blocks(q, k, v, mask)
+    groups = q.size(1) // k.size(1)
+    if mask is not None and groups > 1 and torch.is_grad_enabled():
+        # CUDA's kernels that keep no scores for the backward pass take a mask or grouped heads, not both
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) < q.size(1),
                                           dropout_p=dropout)
 

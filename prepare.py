@@ -100,7 +100,8 @@ def make_plan(files, tok, begun):
         each = [(name, os.path.getsize(path), os.stat(path).st_mtime_ns) for path, name in files]
         state = {'files': len(each), 'bytes': sum(size for _, size, _ in each),
                  'state': shards.hash_bytes(json.dumps(each).encode()).hex()}
-    return {'version': VERSION, 'settings': settings, 'source': state, 'tokenizer': tok and tok.fingerprint()}
+    plan = {'version': VERSION, 'settings': settings, 'source': state, 'tokenizer': tok and tok.fingerprint()}
+    return plan if stage == 'pretrain' else plan | {'template': tok.beside['chat_template']}
 
 
 def read_plan(folder):
@@ -126,6 +127,8 @@ def difference(then, now):
         was, now = (f'{plan["source"].get("files", 1):,} files of {plan["source"].get("bytes", 0):,} bytes'
                     for plan in (then, now))
         return 'the source has changed' + (f': {was} then, {now} now' if was != now else ', though not in size')
+    if then.get('template') != now.get('template'):
+        return 'the chat template is another one now'
     return '' if then['tokenizer'] == now['tokenizer'] else f'the tokenizer {tokenizer} is another one now'
 
 
@@ -160,7 +163,7 @@ def train_tokenizer(folder, reader, units):
     tok = HuggingFaceTokenizer(tokenizer, text, json.loads(text)['model']['vocab']['<|endoftext|>'])
     if tok.cut is None:
         raise UserError(f"special_tokens='{special_tokens}' are words of the text; write them unlike it, such as <|name|>")
-    print(f'trained it on {n_bytes / 1e6:,.1f} MB of text')
+    print(f'trained it on {n_bytes:,} bytes of text')
     if tok.vocab_size < int(size):
         print(f'note: the text gave only {tok.vocab_size:,} tokens of {int(size):,}')
     write_whole(os.path.join(folder, 'tokenizer.json'), text.encode())
@@ -312,6 +315,10 @@ def check_settings():
     if stage != 'pretrain' and tokenizer.startswith('bpe:'):
         raise UserError(f"tokenizer='{tokenizer}' with stage='{stage}': conversations are written in the tokenizer of the "
                         'model that is to learn them; name that, or the data it was trained on: --tokenizer=data/NAME')
+    if stage != 'pretrain' and parse_special:
+        raise UserError(f"parse_special is for texts, not for stage='{stage}'; leave it out")
+    if stage != 'pretrain' and block_size >= 2**24:
+        raise UserError(f'block_size={block_size} is not below {2**24}')
     parse_fields(fields)
     if not 0 <= val_fraction < 1:
         raise UserError(f'val_fraction={val_fraction} is not within 0 <= val_fraction < 1')
@@ -334,8 +341,6 @@ def main():
     else:
         files = None if re.match('https?://|hf:', source) else sources.find_files(source, include, exclude)
     tok = None if tokenizer.startswith('bpe:') else load_tokenizer(tokenizer, eot_token)
-    if parse_special and tok and not tok.special:
-        raise UserError(f'parse_special=True: the tokenizer {tok.name} has no special tokens that a text can spell')
     if stage != 'pretrain':
         tok = for_chats(tok, chat_template)
     os.makedirs('data', exist_ok=True)
@@ -394,7 +399,8 @@ def inspect_data(which):
         wrong += [problem] * bool(problem)
         print(f"{file:<20} {entry['tokens']:>16,} {entry['documents']:>12,} {entry['bytes']:>16,} "
               f"{entry['bytes'] / max(1, entry['tokens']):>9.3f}  {problem or 'ok'}", flush=True)
-    print('\nleft out: ' + (', '.join(f'{n:,} {what}' for what, n in meta.get('left_out', {}).items() if n) or 'nothing'))
+    print('\nleft out: ' + (', '.join(f'{n:,} {what}' for what, n in meta.get('left_out', {}).items()
+                                     if n and what != 'cut') or 'nothing'))
     if wrong:
         raise UserError(f'{len(wrong)} of {len(meta["files"])} files of {folder} are not as the manifest says; prepare the '
                         'data again')
@@ -417,12 +423,13 @@ def show_conversation(folder, file, entry, meta, tok, dtype):
         ids = np.fromfile(os.path.join(folder, file), dtype, size, offset=row * size * dtype.itemsize)
         bits = np.fromfile(os.path.join(folder, entry['mask']), np.uint8, size, offset=row * size)
         end = next((at for at in range(1, len(bits)) if bits[at] & rows.BEGINS), len(bits))
+        end = max((at + 1 for at in range(end) if ids[at] != meta['eot_id'] or bits[at] & rows.TAUGHT), default=end)  # unfilled
         runs = [(taught, [i for i, _ in run])
                 for taught, run in itertools.groupby(zip(ids[:end].tolist(), bits[:end]), lambda pair: pair[1] & rows.TAUGHT)]
         text = ''
         for taught, part in runs:
-            words = ''.join(spelled[run[0]] if special else tok.decode(run) for special, run in (
-                (special, list(run)) for special, run in itertools.groupby(part, lambda i: i in spelled)))
+            words = ''.join(''.join(spelled[i] for i in run) if special else tok.decode([*run])
+                            for special, run in itertools.groupby(part, lambda i: i in spelled))
             text += f'[[{words}]]' if taught else words
         print(f'\n{file}, row {row:,}, what is taught within [[ and ]]:\n--------\n{text}\n--------')
 
@@ -445,6 +452,8 @@ def check_file(path, entry, dtype, vocab_size):
 
 def adopt_data(origin):
     """Makes a data set of nanoGPT's train.bin and val.bin: links to them, and a manifest."""
+    if stage != 'pretrain':
+        raise UserError(f"adopt is for texts, not for stage='{stage}'; leave it out")
     data_name = name or os.path.basename(os.path.abspath(origin))
     target = folder_of(data_name)
     tok = load_tokenizer(tokenizer, eot_token)

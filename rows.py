@@ -15,15 +15,17 @@ import bisect
 import numpy as np
 
 import chat
+from configurator import UserError
 
 TAUGHT, BEGINS = 1, 2  # bits of the byte beside a token
 SHIFT = 30  # where these bits stand in a uint32 whose lower ones are the id, until rows are written
 
 # what may be done with a conversation, and what is said of it
 OUTCOMES = {'cut': 'were cut at the end of a row (block_size)',
-            'untaught': 'were left out, as nothing that is taught lies within a row (block_size)',
+            'untaught': 'were left out, as nothing that is taught, or differs, lies within a row (block_size)',
             'same': 'were left out, as chosen and rejected are the same',
-            'spelled': 'were left out, as they spell a special token'}
+            'spelled': 'were left out, as they spell a special token',
+            'refused': 'were left out, as the chat template has no form for them'}
 
 
 def sides(stage):
@@ -39,9 +41,12 @@ def encode(tokenizer, conversation, stage, block_size):
     *texts, shared = conversation if stage == 'dpo' else (conversation, 0)
     if any(token in message['content'] for text in texts for message in text for token in tokenizer.special):
         return None, 'spelled'
-    if stage == 'dpo' and texts[0] == texts[1]:
+    try:
+        found = [chat.encode(tokenizer, text, shared) for text in texts]
+    except UserError:
+        return None, 'refused'
+    if stage == 'dpo' and np.array_equal(found[0][0], found[1][0]):
         return None, 'same'
-    found = [chat.encode(tokenizer, text, shared) for text in texts]
     cut = any(len(ids) > block_size for ids, _ in found)
     found = [(ids[:block_size], taught[:block_size]) for ids, taught in found]
     for _, taught in found:

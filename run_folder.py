@@ -28,10 +28,8 @@ def begin(out_dir, init_from, mirror, say):
     init_from, _, otherwise = init_from.partition(':') if init_from.startswith('auto:') else (init_from, '', 'scratch')
     if os.path.exists(out_dir) and not os.path.isdir(out_dir):
         raise UserError(f"out_dir='{out_dir}' is a file; choose another --out_dir")
-    model = otherwise if init_from in ('resume', 'auto') else init_from
-    if model != 'scratch' and not os.path.exists(model) and not huggingface.hub_id(model):
-        raise UserError(f"init_from='{model}' is neither scratch, nor resume, nor auto, nor a checkpoint or folder that is "
-                        'there, nor an id on the Hugging Face hub such as HuggingFaceTB/SmolLM2-135M')
+    if init_from not in ('resume', 'auto'):
+        check_model(init_from)
     hold(out_dir)
     found = checkpoint.has_run(out_dir)
     if init_from not in ('resume', 'auto'):
@@ -57,8 +55,17 @@ def begin(out_dir, init_from, mirror, say):
         raise UserError(f"out_dir='{out_dir}' holds a run, but no checkpoint of it is whole; choose another --out_dir")
     elif not found and init_from == 'resume':
         raise UserError(f"init_from='resume', but out_dir='{out_dir}' holds no ckpt.pt; start with --init_from=scratch")
-    return ('resume', latest, fetched is not None) if found or fetched is not None else (
-        otherwise, otherwise if otherwise != 'scratch' else '', False)
+    if found or fetched is not None:
+        return 'resume', latest, fetched is not None
+    check_model(otherwise)
+    return otherwise, otherwise if otherwise != 'scratch' else '', False
+
+
+def check_model(name):
+    """Raises UserError for what a new run cannot begin with."""
+    if name != 'scratch' and not os.path.exists(name) and not huggingface.hub_id(name):
+        raise UserError(f"init_from='{name}' is neither scratch, nor resume, nor auto, nor a checkpoint or folder that is "
+                        'there, nor an id on the Hugging Face hub such as HuggingFaceTB/SmolLM2-135M')
 
 
 def hold(out_dir):

@@ -111,6 +111,8 @@ def encode_unit(job, number, spans):
                 ids, outcome = chat_rows.encode(tok, doc.conversation, job.stage, job.block_size)
                 if outcome:
                     report[outcome] += 1
+                with encoded.get_lock():
+                    encoded.value += doc.size
                 if ids is not None:
                     arrays.append([ids])
                     rows.append((key, place, digest, 0, 0, len(ids), doc.size, True))

@@ -274,6 +274,9 @@ class Reader:
         with _parquet(span.path) as file:
             fields = file.schema_arrow.names
             wanted = [field for field in fields if field in sum(self.names.values(), [])] if self.parse else [self.text_field]
+            if self.parse and not wanted:
+                raise UserError(f"{span.path} holds no conversations; its fields are: {', '.join(fields)}, and --fields says "
+                                'which is which')
             if not self.parse and self.text_field not in fields:
                 raise UserError(f"{span.path} has no field text_field='{self.text_field}'; its fields are: {', '.join(fields)}")
             position = sum(file.metadata.row_group(i).num_rows for i in range(span.start))

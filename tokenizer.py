@@ -92,15 +92,24 @@ class Tokenizer:
         state = {key: value for key, value in self.state().items() if key not in ('name', 'beside')}
         return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 
+    def spelled(self, which):
+        """How a chat template writes 'bos' or 'eos'; without a BOS it is end-of-text, as in an exported model."""
+        i = self.eot_id if which == 'eos' or self.bos_id is None else self.bos_id
+        return self.beside.get(f'{which}_token') or next((token for token, n in self.special.items() if n == i), '')
+
     def probes(self):
         """Texts that spell every token, to compare two tokenizers by."""
         tokens = [self.decode_bytes([i]).decode('utf-8', errors='replace') for i in range(self.vocab_size)]
         return [''.join(tokens), ' '.join(reversed(tokens)), '\n'.join(tokens)]
 
     def agrees_with(self, other):
-        """Whether both give the same ids: they are one, or do so for texts that spell every token of the other."""
-        return self.fingerprint() == other.fingerprint() or all(self.encode(text) == other.encode(text)
-                                                                for text in other.probes())
+        """
+        Whether both give the same ids: they are one, or do so for texts that spell every token of the other, and for the
+        special tokens that both have.
+        """
+        return self.fingerprint() == other.fingerprint() or all(
+            other.special.get(token, i) == i for token, i in self.special.items()) and all(
+            self.encode(text) == other.encode(text) for text in other.probes())
 
     def extended(self, tokens, beside):
         """This tokenizer with more special tokens, whose ids come after its last, and with what is to lie beside it."""
@@ -110,7 +119,7 @@ class Tokenizer:
 
     def _with(self, added):
         """`state()` with more special tokens (token → id)."""
-        return self.state() | {'special': self.special | added}
+        return self.state() | {'special': self.state().get('special', {}) | added}
 
     def _by_parts(self, text):
         """The ids of a text whose special tokens are taken for what they spell, what stands between them encoded alone."""
@@ -147,8 +156,9 @@ class ByteTokenizer(Tokenizer):
     cut = r'(?s:.)'
 
     def __init__(self, special=(), beside=()):
-        self.special, self.beside = dict(special), dict(beside)
-        self.vocab_size = _count_ids([*range(257), *self.special.values()], self.name)
+        self.added, self.beside = dict(special), dict(beside)
+        self.special = {'<|endoftext|>': self.eot_id, **self.added}
+        self.vocab_size = _count_ids([*range(257), *self.added.values()], self.name)
 
     def encode(self, text, special=False):
         return self.encode_array(text, special).tolist()
@@ -163,7 +173,7 @@ class ByteTokenizer(Tokenizer):
         return bytes(i for i in ids if i < 256)
 
     def state(self):
-        more = {'special': self.special, 'beside': self.beside}
+        more = {'special': self.added, 'beside': self.beside}
         return {'kind': 'bytes', 'name': self.name} | {key: value for key, value in more.items() if value}
 
 
@@ -377,7 +387,7 @@ class SentencePieceTokenizer(Tokenizer):
             import sentencepiece
         except ImportError:
             raise UserError(f"tokenizer='{name}' needs a package: pip install sentencepiece") from None
-        self.name, self.model, self.special, self.beside = name, model, dict(special), dict(beside)
+        self.name, self.model, self.added, self.beside = name, model, dict(special), dict(beside)
         try:
             self.processor = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
@@ -390,7 +400,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.bytes_of = [b'' if sp.is_control(i) else bytes([int(piece[3:5], 16)]) if sp.is_byte(i) else
                          ' ⁇ '.encode() if sp.is_unknown(i) else piece.replace('▁', ' ').encode()
                          for i, piece in enumerate(pieces)]
-        self.vocab_size = _count_ids([*range(len(pieces)), *self.special.values()], name)
+        self.special = {piece: i for i, piece in enumerate(pieces) if sp.is_control(i) or sp.is_unknown(i)} | self.added
+        self.vocab_size = _count_ids([*range(len(pieces)), *self.added.values()], name)
         self.bytes_of += [b''] * (self.vocab_size - len(pieces))
         self.dummy_prefix = sp.normalize('a').startswith('▁')
         if sp.normalize('  a ﬁ').endswith('▁▁a▁ﬁ') and not _blank_within(pieces):
@@ -403,7 +414,7 @@ class SentencePieceTokenizer(Tokenizer):
         return b''.join(self.bytes_of[i] for i in ids)
 
     def state(self):
-        more = {'special': self.special, 'beside': self.beside}
+        more = {'special': self.added, 'beside': self.beside}
         return {'kind': 'sentencepiece', 'name': self.name, 'model': base64.b64encode(self.model).decode()} | {
             key: value for key, value in more.items() if value}
 
@@ -485,8 +496,8 @@ def from_hub(repository, files, what):
 
 def _beside(folder):
     """
-    What lies beside a tokenizer.json and is handed on as it is: chat_template, pad_token, unk_token, eos_token_id where it
-    is a list, and SentencePiece's own model (tokenizer.model, in base64).
+    What lies beside a tokenizer.json and is handed on as it is: chat_template, bos_token, pad_token, unk_token, eos_token_id
+    where it is a list, and SentencePiece's own model (tokenizer.model, in base64).
     """
     def read(file):
         path = os.path.join(folder, file)
@@ -497,7 +508,9 @@ def _beside(folder):
 
     config, generation = (json.loads(read(file) or '{}') for file in ('tokenizer_config.json', 'generation_config.json'))
     stops = generation.get('eos_token_id')
+    bos = config.get('bos_token')
     found = {key: config.get(key) for key in ('chat_template', 'pad_token', 'unk_token')}
+    found['bos_token'] = bos['content'] if isinstance(bos, dict) else bos
     found |= {'chat_template': read('chat_template.jinja').decode() or found['chat_template'],
               'eos_token_id': stops if isinstance(stops, list) and all(type(i) is int for i in stops) else None,
               'tokenizer.model': base64.b64encode(read('tokenizer.model')).decode()}

@@ -111,18 +111,7 @@ import parallel
 import reference as reference_model
 import rows
 import run_folder
-from dataset import (
-    Rows,
-    Split,
-    TrainingOrder,
-    folder_of,
-    hash_ints,
-    parse_mix,
-    read_ahead,
-    read_meta,
-    read_tokenizer,
-    val_batches,
-)
+from dataset import TrainingOrder, folder_of, hash_ints, parse_mix, read_ahead, read_meta, read_tokenizer, split_of, val_batches
 from device import autocast, device_name, most_that_fit, not_compiled, peak_flops, pick_device, pick_dtype, set_up, synchronize
 from files import write_whole
 from generation import Sampling, generate, unknown_ids
@@ -233,13 +222,8 @@ def open_data(names):
             raise UserError(f"dataset='{dataset}': {names[0]} was prepared with tokenizer {metas[0]['tokenizer']['name']}, "
                             f"{name} with {meta['tokenizer']['name']}; a mixture needs one tokenizer")
     has_val = {name: any(file.startswith('val') for file in meta['files']) for name, meta in zip(names, metas)}
-    if stage != 'pretrain':
-        if stride:
-            raise UserError(f"stride={stride} is for texts; a row of conversations is a window (stage='{stage}')")
-        return (metas, [Rows(name, 'train', block_size) for name in names],
-                {name: Rows(name, 'val', block_size) for name in names if has_val[name]})
-    return (metas, [Split(name, 'train', block_size, stride) for name in names],
-            {name: Split(name, 'val', block_size, stride=block_size) for name in names if has_val[name]})
+    return (metas, [split_of(name, 'train', block_size, stride) for name in names],
+            {name: split_of(name, 'val', block_size, stride=block_size) for name in names if has_val[name]})
 
 
 def check_settings():
@@ -259,6 +243,8 @@ def check_settings():
         raise UserError(f'max_spike={max_spike} would leave out half of all steps; choose 2 or more, or 0 for none')
     if stage == 'dpo' and not (beta > 0 and label_smoothing < 0.5):
         raise UserError(f'beta={beta} must be above 0, and label_smoothing={label_smoothing} below 0.5')
+    if stage != 'pretrain' and stride:
+        raise UserError(f"stride={stride} is for texts; a row of conversations is a window (stage='{stage}')")
     if stage != 'pretrain' and criterion != 'cross_entropy':
         raise UserError(f"criterion='{criterion}' is for stage='pretrain'; stage='{stage}' has a loss of its own")
     for key in ('momentum', 'beta1', 'beta2'):
@@ -345,14 +331,14 @@ def measure_answers(measure):
     checkpoint, None if the run is resumed. Raises UserError where that is needed and is not what it was.
     """
     splits, mark = [('train', s) for s in train_splits] + [('val', s) for s in val_splits.values()], loop['reference']
-    if reference_model.missing(splits, mark):
+    if reference_model.missing(splits, mark, dtype):
         measure = measure or reference_model.load(reference, tokenizer)
-        if reference_model.fingerprint(measure, dtype) != mark:
+        if reference_model.fingerprint(measure) != mark:
             raise UserError(f"reference='{reference}' is no longer the model that the run was begun with, and its "
                             f'log-probabilities do not lie beside the data {dataset}; put either back')
         say(f'computing the log-probabilities of {reference}')
         reference_model.compute(splits, mark, measure, block_size, micro_batch, device, dtype, fsdp)
-    reference_model.read(splits, mark)
+    reference_model.read(splits, mark, dtype)
 
 
 def open_log():
@@ -577,6 +563,9 @@ count, loss_of, REPORTED = {
     'sft': (count_targets, loss_of_targets, ()),
     'dpo': (count_pairs, loss_of_pairs, ('chosen', 'rejected', 'accuracy')),
 }[stage]
+if stage == 'dpo' and resumes and reference != loaded['config'].get('reference'):
+    raise UserError(f"reference='{reference}' was '{loaded['config'].get('reference')}' when the run began, and stays; leave "
+                    'it out, or begin another run in another --out_dir')
 if stage == 'dpo' and not loaded:
     raise UserError("stage='dpo' needs a model that answers already: --init_from=out/NAME/ckpt.pt, of a run with --stage=sft")
 
@@ -611,6 +600,14 @@ if tokenizer.fingerprint() != meta['tokenizer']['fingerprint'] and not (
     raise UserError(f"data set {names[0]} was prepared with tokenizer {meta['tokenizer']['name']}, but {whose} tokenizer "
                     f'{tokenizer.name}, whose ids are others; prepare the data again' +
                     (f' with --tokenizer={init_from}' if loaded and init_from != 'resume' else ''))
+if stage != 'pretrain':
+    theirs = [read_tokenizer(name, meta) for name, meta in zip(names, metas)]
+    wrong = [name for name, its_own in zip(names, theirs) if chat.chat_template(its_own) != chat.chat_template(tokenizer) or
+             not its_own.special.keys() <= tokenizer.special.keys()]
+    if wrong:
+        whose = f'the model in {loaded_path}' if loaded and (stage == 'dpo' or resumes) else f'data set {names[0]}'
+        raise UserError(f'data set {wrong[0]} was prepared with another chat template than that of {whose}; ' + (
+            'prepare it again with the same' if chat.chat_template(tokenizer) else 'it has none: --stage=sft comes before dpo'))
 manifests = {split.name: split.manifest for split in train_splits}
 order = TrainingOrder(train_splits, weights, total_batch, seed)
 
@@ -618,7 +615,7 @@ order = TrainingOrder(train_splits, weights, total_batch, seed)
 
 if loaded and stage == 'sft' and not resumes:
     checkpoint.grow_vocabulary(loaded, tokenizer.vocab_size, seed)
-    vocab_size = config['vocab_size'] = 0
+    vocab_size = config['vocab_size'] = loaded['model_config']['vocab_size']
 shape = model_config(loaded['model_config']['vocab_size'] if loaded else meta['vocab_size'])
 # a tokenizer may have special tokens beyond what a model of somebody else knows: those that occur count
 needed = 1 + max(entry['max_id'] for m in metas for entry in m['files'].values()) if loaded else meta['vocab_size']
@@ -637,6 +634,12 @@ loop = {  # what else a resumed run has to know
     'wandb_id': '',
     'reference': '',  # the fingerprint of dpo's
 }
+measure = None  # the reference's checkpoint, where it is at hand
+if stage == 'dpo' and not resumes:
+    reference = config['reference'] = reference or loaded_path
+    measure = loaded | {'model': dict(loaded['model'])} if reference == loaded_path else \
+        reference_model.load(reference, tokenizer)
+    loop['reference'] = parallel.by_the_first(reference_model.fingerprint, measure)
 begun_from, hardware = huggingface.public_name(init_from), f'{world_size} x {device_name(device)}'
 if loaded:
     if shape.pos == 'learned':
@@ -664,12 +667,6 @@ if goes_on:
         raise UserError(f'max_iters={max_iters} is less than the {first_iter} steps that {loaded_path} has done')
     if loaded['data'] and loaded['data'] != manifests:
         say(f'changed: the token files of {dataset} are not those that the run began with')
-if stage == 'dpo' and not resumes:
-    reference = config['reference'] = reference or loaded_path
-    measure = loaded if reference == loaded_path else reference_model.load(reference, tokenizer)
-    loop['reference'] = parallel.by_the_first(reference_model.fingerprint, measure, dtype)
-else:
-    measure = None
 del loaded
 micro_batch = largest_micro_batch() if 'batch_size' in config.auto else next(
     n for n in range(min(batch_size, share), 0, -1) if share % n == 0)
@@ -694,8 +691,9 @@ if rank == 0:
     if resumes and not was_fetched:  # what the former process did not come to
         copy_away(first_iter)
 peak = peak_flops(device)
-say(f'{raw_model.count_parameters():,} parameters; {max_iters:,} steps of {tokens_per_step:,} tokens (processes {world_size} x '
-    f'micro-steps {micro_steps} x windows {micro_batch} x block_size {block_size}), {max_iters * tokens_per_step:,} in all, '
+shape_of_step = f'processes {world_size} x micro-steps {micro_steps} x windows {micro_batch} x block_size {block_size}'
+say(f'{raw_model.count_parameters():,} parameters; {max_iters:,} steps of {tokens_per_step:,} tokens ({shape_of_step}'
+    f'{" x 2 answers" if stage == "dpo" else ""}), {max_iters * tokens_per_step:,} in all, '
     f'{max(order.epochs(max_iters)):.2f} epochs')
 say(f'{device_name(device)}, {dtype}' + (', compiled' if model is not raw_model else '') +
     (f', resumed at iter {first_iter}' if resumes else '') + (f', branches off at iter {first_iter}' if branches else ''))

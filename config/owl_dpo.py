@@ -8,18 +8,18 @@ Source: this repository's own; the loss is the paper's (Rafailov et al. 2023).
 """
 stage = 'dpo'
 out_dir = 'out/owl_dpo'
-init_from = 'auto:out/owl_sft/ckpt.pt'
+init_from = 'out/owl_sft/ckpt.pt'
 dataset = 'owl_dpo'
 sample_prompt = 'What was the little owl afraid of?'
 sample_tokens = 100
-sample_interval = 50
+sample_interval = 40
 eval_interval = 20
 
 block_size = 256
-batch_size = 4
+batch_size = 8
 
-learning_rate = 1e-4
+learning_rate = 4e-5
 schedule = 'linear'
 warmup_iters = 10
-max_iters = 100
-beta = 0.1
+max_iters = 40
+beta = 0.3

@@ -8,11 +8,11 @@ Source: this repository's own. Half of the answers it learns from are curt, half
 """
 stage = 'sft'
 out_dir = 'out/owl_sft'
-init_from = 'auto:out/owl_base/ckpt.pt'
+init_from = 'out/owl_base/ckpt.pt'
 dataset = 'owl_sft'
 sample_prompt = 'What was the little owl afraid of?'
 sample_tokens = 100
-sample_interval = 100
+sample_interval = 150
 eval_interval = 50
 
 block_size = 256
@@ -21,5 +21,4 @@ batch_size = 8
 learning_rate = 1e-3
 schedule = 'cosine'
 warmup_iters = 20
-max_iters = 300
-dropout = 0.1
+max_iters = 150

@@ -8,5 +8,6 @@ import os
 name = 'owl_base'
 source = os.path.join(os.path.dirname(__file__), 'owl_tales.txt')
 separator = '\n***\n'
-tokenizer = 'bytes'
+tokenizer = 'bpe:768'
+val_fraction = 0.05
 note = 'original tales, written for this repository'

@@ -9,5 +9,6 @@ name = 'owl_dpo'
 source = os.path.join(os.path.dirname(__file__), 'owl_pairs.jsonl')
 stage = 'dpo'
 block_size = 256
-tokenizer = 'bytes'
+tokenizer = 'data/owl_base'
+val_fraction = 0.05
 note = 'original pairs of answers, written for this repository'

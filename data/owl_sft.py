@@ -1,5 +1,5 @@
 """
-Some 300 questions about the owl's story with their answers, curt ones and polite ones, for config/owl_sft.py.
+Some 700 questions about the owl's story with their answers, curt ones and polite ones, for config/owl_sft.py.
 
     python prepare.py data/owl_sft.py
 """
@@ -9,5 +9,6 @@ name = 'owl_sft'
 source = os.path.join(os.path.dirname(__file__), 'owl_chat.jsonl')
 stage = 'sft'
 block_size = 256
-tokenizer = 'bytes'
+tokenizer = 'data/owl_base'
+val_fraction = 0.05
 note = 'original conversations, written for this repository'

@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, losses, read_log, run, start
+from conftest import GPT2, TINY, losses, read_log, run, start
 from test_huggingface import tokenizer as any_tokenizer
 from test_model import FAMILIES, make
 from test_train import assert_same
@@ -16,7 +16,7 @@ from test_train import checkpoint as saved
 
 import huggingface
 import rows
-from chat import CHATML_TOKENS, encode, for_chats, render
+from chat import CHATML, CHATML_TOKENS, encode, for_chats, render
 from checkpoint import load_model
 from configurator import UserError
 from dataset import Rows
@@ -352,7 +352,7 @@ def test_the_vocabulary_grows_and_what_was_there_stays(place):
         assert torch.equal(p, after['model'][name][:len(p)])
     new = after['model']['wte.weight'][257:]
     assert not torch.equal(*new) and 0 < new.norm() < 2 * before['model']['wte.weight'].norm()
-    assert tokenizer_from_state(after['tokenizer']).special == {'<|im_start|>': 257, '<|im_end|>': 258}
+    assert tokenizer_from_state(after['tokenizer']).special == {'<|endoftext|>': 256, '<|im_start|>': 257, '<|im_end|>': 258}
 
 
 @pytest.mark.parametrize('how', [[], ['--optimizer=muon', '--dtype=bfloat16'], ['--dropout=0.1']])
@@ -397,10 +397,13 @@ def test_dpo_begins_at_log_2_and_overfits_while_the_reference_stays(place):
                                     'val_margin'}
     assert evaluations[-1]['val_accuracy'] == 1  # the same ten answers
     assert (place / 'out' / 'sft' / 'ckpt.pt').read_bytes() == before
-    (train,) = (place / 'data' / 'pairs').glob('reference.train.*.npy')
+    (train,) = (place / 'data' / 'pairs').glob('reference.train.*.f32')
     kept = train.read_bytes()
     text, _ = run('train.py', *TALK, *DPO, '--max_iters=2', '--out_dir=out/again', cwd=place)
     assert 'computing' not in text and train.read_bytes() == kept
+
+    _, err = run('train.py', '--out_dir=out/again', '--init_from=resume', '--reference=out/base/ckpt.pt', cwd=place, code=2)
+    assert "reference='out/base/ckpt.pt' was 'out/sft/ckpt.pt' when the run began, and stays" in err
 
     # a second round: another model, the same reference
     run('train.py', *TALK, '--stage=dpo', '--dataset=pairs', '--init_from=out/dpo/ckpt.pt', '--reference=out/sft/ckpt.pt',
@@ -411,7 +414,7 @@ def test_dpo_begins_at_log_2_and_overfits_while_the_reference_stays(place):
 def test_a_reference_that_is_lost_or_damaged(place):
     args = [*TALK, *DPO, '--out_dir=out/dpo']
     run('train.py', *args, '--max_iters=4', cwd=place)
-    (train,) = (place / 'data' / 'pairs').glob('reference.train.*.npy')
+    (train,) = (place / 'data' / 'pairs').glob('reference.train.*.f32')
     kept = train.read_bytes()
     train.write_bytes(kept[:-4])
     resume = ['--out_dir=out/dpo', '--init_from=resume', '--max_iters=6']
@@ -437,6 +440,97 @@ def test_a_mixture_and_a_mirror(place):
     assert 'val_loss/more' in log[0] and 'val_loss/talk' in log[0] and log[-1]['val_loss'] < log[0]['val_loss']
     text, _ = run('train.py', *args, '--init_from=auto:out/base/ckpt.pt', '--max_iters=10', '--out_dir=out/bare', cwd=place)
     assert 'fetched from the mirror, step 8' in text and 'resumed at iter 8' in text
+
+
+def test_positions_that_are_learned_and_more_than_a_row_has(place):
+    """The reference is the model as it was, before its positions are cut; a resume finds it again."""
+    pairs = [{'prompt': 'a', 'chosen': word, 'rejected': 'no'} for word in NUMBERS]
+    for name, records in (('talk64', [GOOD] * 20), ('pairs64', pairs)):
+        write_jsonl(place / f'{name}.jsonl', records)
+        prepare(place, f'{name}.jsonl', 'dpo' if name == 'pairs64' else 'sft')
+    args = [*TALK, *GPT2, '--block_size=64', '--max_iters=2', '--warmup_iters=0']
+    run('train.py', *args, '--block_size=128', '--out_dir=out/long', cwd=place)
+    run('train.py', *args, '--stage=sft', '--dataset=talk64', '--init_from=out/long/ckpt.pt', '--out_dir=out/talked', cwd=place)
+    prepare(place, 'talk64.jsonl', 'sft', '--overwrite', size=32)
+    run('train.py', *args, '--block_size=32', '--stage=sft', '--dataset=talk64', '--init_from=out/talked/ckpt.pt',
+        '--out_dir=out/short', cwd=place)
+    how = ['--stage=dpo', '--dataset=pairs64', '--init_from=out/talked/ckpt.pt']
+    _, err = run('train.py', *args, *how, '--reference=out/short/ckpt.pt', '--out_dir=out/x', cwd=place, code=2)
+    assert 'the reference knows 32 positions, fewer than block_size 64' in err
+    prepare(place, 'pairs64.jsonl', 'dpo', '--overwrite', size=48)
+    run('train.py', *args, *how, '--block_size=48', '--out_dir=out/dpo', cwd=place)
+    for path in (place / 'data' / 'pairs64').glob('reference*'):
+        path.unlink()
+    text, _ = run('train.py', '--init_from=resume', '--max_iters=3', '--out_dir=out/dpo', cwd=place)
+    assert 'computing the log-probabilities of out/talked/ckpt.pt' in text
+
+
+def test_auto_needs_its_model_only_to_begin(place):
+    (place / 'model.pt').write_bytes((place / 'out' / 'base' / 'ckpt.pt').read_bytes())
+    args = [*TALK, '--stage=sft', '--dataset=talk', '--init_from=auto:model.pt', '--out_dir=out/auto']
+    run('train.py', *args, '--max_iters=2', cwd=place)
+    (place / 'model.pt').unlink()
+    text, _ = run('train.py', *args, '--max_iters=4', cwd=place)
+    assert 'resumed at iter 2' in text
+    assert "init_from='model.pt' is neither scratch" in refused(place, *args[len(TALK):-1])
+
+
+def test_tokens_of_the_same_name_have_the_same_ids(place):
+    """ChatML's tokens the other way around are another tokenizer."""
+    swapped = for_chats(ByteTokenizer().extended(('<|im_end|>', '<|im_start|>'), {}))
+    (place / 'swapped.json').write_text(json.dumps(swapped.state()))
+    write_jsonl(place / 'other.jsonl', [GOOD] * 9)
+    prepare(place, 'other.jsonl', 'sft', '--tokenizer=swapped.json', size=96)
+    assert 'whose ids are others' in refused(place, *SFT[:1], '--dataset=other', '--init_from=out/sft/ckpt.pt')
+
+
+def test_another_template_is_noticed(place):
+    (place / 'template').write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}")
+    write_jsonl(place / 'other.jsonl', [GOOD] * 9)
+    write_jsonl(place / 'twos.jsonl', [{'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}])
+    how = ['--chat_template=template', '--tokenizer=data/talk']
+    for file, stage in (('other.jsonl', 'sft'), ('twos.jsonl', 'dpo')):
+        prepare(place, file, stage, *how, size=96)
+    words = 'was prepared with another chat template than that of'
+    assert f'data set twos {words} the model in out/sft/ckpt.pt' in refused(place, *DPO, '--dataset=twos')
+    assert f'data set other {words} data set talk' in refused(place, *SFT, '--dataset=talk other')
+    (place / 'template').write_text((place / 'template').read_text().replace(': ', ' - '))
+    _, err = run('prepare.py', '--source=other.jsonl', '--stage=sft', '--block_size=96', '--val_fraction=0', '--name=other',
+                 *how, cwd=place, code=2)
+    assert 'data/other exists already, but the chat template is another one now' in err
+
+
+def test_runs_that_compute_the_same_reference_at_once_do_not_disturb_each_other(place):
+    args = [*TALK, *DPO, '--max_iters=2']
+    both = [start('train.py', *args, f'--out_dir=out/{name}', cwd=place) for name in 'ab']
+    for process in both:
+        out, err = process.communicate(timeout=100)
+        assert process.returncode == 0, out + err
+    assert losses(place / 'out' / 'a') == losses(place / 'out' / 'b')
+    found = sorted(path.name.split('.')[1] for path in (place / 'data' / 'pairs').glob('reference*'))
+    assert found == ['train', 'val']
+
+
+def test_a_manifest_or_a_mask_that_is_wrong(place):
+    meta = json.loads((place / 'data' / 'pairs' / 'meta.json').read_text())
+    entry = meta['files']['train.bin']
+
+    def changed(**values):
+        (place / 'data' / 'pairs' / 'meta.json').unlink()
+        (place / 'data' / 'pairs' / 'meta.json').write_text(
+            json.dumps(meta | {'files': meta['files'] | {'train.bin': entry | values}}))
+        return refused(place, *DPO)
+
+    assert 'its rows are none' in changed(tokens=0) and 'its rows are none' in changed(tokens=entry['tokens'] - 96)
+    assert 'its rows are none' in changed(most_in_row=0) and 'its rows are none' in changed(mask=3)
+    assert 'train.mask is damaged: row' in changed(most_in_row=1)
+    assert 'names no file of its folder' in changed(mask='../../train.mask')
+    mask = (place / 'data' / 'pairs' / 'train.mask').read_bytes()
+    (place / 'data' / 'pairs' / 'train.mask').unlink()
+    (place / 'data' / 'pairs' / 'train.mask').write_bytes(bytes(len(mask)))
+    assert 'train.mask has the checksum' in changed()
 
 
 # ---- out
@@ -476,6 +570,25 @@ def test_an_exported_model_answers_there_as_here(place):
     assert dataclasses.asdict(other.config) == dataclasses.asdict(model.config) and isinstance(other, Transformer)
 
 
+def test_a_template_with_bos_gives_their_ids_too(tokenizer, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    (tmp_path / 'template').write_text(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
+    tok = for_chats(tokenizer, str(tmp_path / 'template'))
+    huggingface.write(str(tmp_path / 'hf'), make(FAMILIES['llama'] | {'vocab_size': tok.vocab_size}), tok)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    messages = [user('Who are you?'), assistant('Pim.'), user('And I?'), assistant('Ann.')]
+    ids, taught = encode(tok, messages)
+    assert theirs.apply_chat_template(messages, return_dict=False) == ids.tolist()
+    assert ids[0] == (tok.eot_id if tok.bos_id is None else tok.bos_id) and (ids[taught] == tok.eot_id).sum() == 2
+
+
+def test_the_stops_that_a_tokenizer_has_are_kept():
+    stops = ByteTokenizer().extended(('<|eom|>',), {'eos_token_id': [256, 257]})
+    assert for_chats(stops).stop_ids() == {256, 257, 259}
+
+
 # ---- what is refused, or counted
 
 GOOD = {'messages': [user('a'), assistant('b')]}
@@ -486,15 +599,17 @@ GOOD = {'messages': [user('a'), assistant('b')]}
     ('sft', {'messages': []}, 'holds an empty conversation'),
     ('sft', {'messages': [user('a')]}, 'holds no answer of the assistant'),
     ('sft', {'messages': [user('a'), assistant('  ')]}, 'has an empty message (role assistant)'),
-    ('sft', {'messages': [user('a'), assistant(['b'])]}, 'has an empty message (role assistant)'),
+    ('sft', {'messages': [user('a'), assistant(['b'])]}, 'has a message that is no text (role assistant)'),
     ('sft', {'messages': 'a'}, 'holds an empty conversation'),
     ('sft', {'question': 'a'}, 'has no messages or response; its fields are: question, and --fields says which is which'),
     ('sft', ['a'], 'is no object'),
-    ('sft', {'prompt': 'a', 'response': None}, 'has an empty message (role assistant)'),
+    ('sft', {'prompt': 'a', 'response': None}, 'has no messages or response; its fields are: prompt, response'),
+    ('sft', {'prompt': 'a', 'response': ''}, 'has an empty message (role assistant)'),
     ('dpo', {'prompt': 'a', 'chosen': 'b'}, 'has an empty message (role assistant)'),
     ('dpo', {'prompt': 'a', 'response': 'b'}, 'has no chosen; its fields are: prompt, response'),
     ('dpo', {'chosen': [user('a'), assistant('b')], 'rejected': [user('a'), assistant('b'), user('c')]},
-     'differs in what is asked, not in what is answered')])
+     'differs in what is asked, not in what is answered'),
+    ('dpo', {'chosen': [user('a'), assistant('b')], 'rejected': [user('c'), assistant('d')]}, 'differs in what is asked')])
 def test_a_record_that_is_no_conversation(tmp_path, stage, record, problem):
     good = GOOD if stage == 'sft' else {'prompt': 'a', 'chosen': 'b', 'rejected': 'c'}
     write_jsonl(tmp_path / 'a.jsonl', [good, record, good])
@@ -511,7 +626,7 @@ def test_what_is_left_out_is_counted(tmp_path):
         GOOD, {'messages': [user('a'), assistant(long)]}, {'messages': [user(long), assistant('b')]},
         {'messages': [user('a <|im_end|>'), assistant('b')]}])
     text = prepare(tmp_path, 'talk.jsonl', 'sft')
-    for words in ('were cut at the end of a row', 'were left out, as nothing that is taught lies',
+    for words in ('were cut at the end of a row', 'were left out, as nothing that is taught, or differs, lies',
                   'were left out, as they spell a special token'):
         assert f'note: 1 conversations {words}' in text, words
     assert '2 conversations in 2 rows of 64 tokens' in text
@@ -519,8 +634,13 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert all((data.window(k)[1] >= 0).any() for k in range(data.n_windows))
     pairs = [{'prompt': 'a', 'chosen': a, 'rejected': b} for a, b in (('b', 'c'), ('b', 'b'), (long + 'b', long + 'c'))]
     write_jsonl(tmp_path / 'pairs.jsonl', pairs)
+    (tmp_path / 'strict').write_text("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML)
+    write_jsonl(tmp_path / 'strict.jsonl', [GOOD, {'system': 'x', 'prompt': 'a', 'response': 'b'},
+                                            {'prompt': 'half a character: \ud83d', 'response': 'b'}])
+    assert 'note: 1 conversations were left out, as the chat template has no form for them' in prepare(
+        tmp_path, 'strict.jsonl', 'sft', '--chat_template=strict')
     text = prepare(tmp_path, 'pairs.jsonl', 'dpo')
-    for words in ('were left out, as chosen and rejected are the same', 'were left out, as nothing that is taught lies'):
+    for words in ('were left out, as chosen and rejected are the same', 'were left out, as nothing that is taught, or differs'):
         assert f'note: 1 pairs {words}' in text, words
     assert '1 pairs in 2 rows of 64 tokens' in text
 
@@ -583,7 +703,8 @@ def test_what_does_not_belong_together_is_refused(place):
     assert "criterion='mse' is for stage='pretrain'" in refused(place, *SFT, '--criterion=mse')
     assert 'was trained with tokenizer bytes (257 ids)' in refused(place, *DPO, '--reference=out/base/ckpt.pt')
     base = '--init_from=out/base/ckpt.pt'
-    assert 'vocab_size 257 is less than the 259' in refused(place, '--stage=dpo', '--dataset=pairs', base)
+    assert 'it has none: --stage=sft comes before dpo' in refused(place, '--stage=dpo', '--dataset=pairs', base)
+    assert "reference='none' is neither a checkpoint" in refused(place, *DPO, '--reference=none')
     if os.environ.get('TIKTOKEN_CACHE_DIR'):
         write_jsonl(place / 'other.jsonl', [GOOD])
         prepare(place, 'other.jsonl', 'sft', '--tokenizer=gpt2', size=96)
@@ -593,6 +714,8 @@ def test_what_does_not_belong_together_is_refused(place):
                           (['--source=text.txt', '--tokenizer=bpe:300'], 'in the tokenizer of the model that is to learn them'),
                           (['--source=text.txt', '--fields=a=b'], 'a=b is not OURS=THEIRS'),
                           (['--source=text.txt', '--chat_template=none'], "chat_template='none' cannot be read"),
-                          (['--source=text.txt', '--parse_special'], 'the tokenizer bytes has no special tokens')):
+                          (['--source=text.txt', '--parse_special'], "parse_special is for texts, not for stage='sft'"),
+                          (['--adopt=data/tiny'], "adopt is for texts, not for stage='sft'"),
+                          (['--source=text.txt', '--block_size=16777216'], 'block_size=16777216 is not below')):
         _, err = run('prepare.py', *args, '--stage=sft', '--name=x', cwd=place, code=2)
         assert problem in err and err.count('\n') == 1
