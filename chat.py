@@ -30,8 +30,7 @@ def chat_template(tokenizer):
 def for_chats(tokenizer, template_file=''):
     """
     The tokenizer with a chat template: that of a file, or its own, or ChatML; it gets ChatML's tokens where the template has
-    them and it lacks them.
-    Raises UserError for a template that nothing can be learnt from.
+    them and it lacks them. Raises UserError for a template that nothing can be learnt from.
     """
     template = chat_template(tokenizer) or CHATML
     if template_file:
@@ -42,7 +41,8 @@ def for_chats(tokenizer, template_file=''):
             raise UserError(f"chat_template='{template_file}' cannot be read ({e})") from None
     tokenizer = tokenizer.extended([token for token in CHATML_TOKENS if token in template], {'chat_template': template})
     ids, taught = encode(tokenizer, [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
-    return tokenizer.extended((), {'eos_token_id': sorted(tokenizer.stop_ids() | {int(ids[taught][-1])})})
+    tokenizer.beside['eos_token_id'] = sorted(tokenizer.stop_ids() | {int(ids[taught][-1])})
+    return tokenizer
 
 
 @functools.cache

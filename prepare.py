@@ -308,8 +308,6 @@ def check_settings():
         raise UserError(f"name='{name}' may have letters, digits, '_', '-' and '.' (not first) only: it becomes a folder")
     if name.endswith(('.old', '.unfinished', '.lock')):
         raise UserError(f"name='{name}' ends as the work's own files do; choose another")
-    if stage not in ('pretrain', 'sft', 'dpo'):
-        raise UserError(f"stage='{stage}' is none of pretrain, sft, dpo")
     if stage == 'pretrain' and (fields or chat_template):
         raise UserError(f"fields='{fields}', chat_template='{chat_template}' are for conversations: --stage=sft, or dpo")
     if stage != 'pretrain' and tokenizer.startswith('bpe:'):

@@ -69,6 +69,11 @@ def talks(prepared, tmp_path_factory):
     return place
 
 
+@pytest.fixture(scope='module')
+def chats(tokenizer):
+    return for_chats(tokenizer)
+
+
 SFT = ['--stage=sft', '--dataset=talk', '--init_from=out/base/ckpt.pt']
 DPO = ['--stage=dpo', '--dataset=pairs', '--init_from=out/sft/ckpt.pt']
 
@@ -102,8 +107,8 @@ def test_the_mask_token_by_token():
     assert taught.tolist() == [n % 2 == 1 for n, part in enumerate(parts) for _ in part]
 
 
-def test_every_tokenizer_is_taught_the_same_words(tokenizer):
-    tok = for_chats(tokenizer)
+def test_every_tokenizer_is_taught_the_same_words(tokenizer, chats):
+    tok = chats
     assert for_chats(tok).fingerprint() == tok.fingerprint() and tok.vocab_size == tokenizer.vocab_size + 2
     assert tokenizer_from_state(json.loads(json.dumps(tok.state()))).fingerprint() == tok.fingerprint()
     assert tok.agrees_with(tokenizer) and tok.encode('<|im_end|>') == tokenizer.encode('<|im_end|>')
@@ -535,9 +540,8 @@ def test_a_manifest_or_a_mask_that_is_wrong(place):
 
 # ---- out
 
-def test_transformers_gives_the_ids_that_were_trained_on(tokenizer, tmp_path):
-    transformers = pytest.importorskip('transformers')
-    tok = for_chats(tokenizer)
+def test_transformers_gives_the_ids_that_were_trained_on(chats, tmp_path):
+    transformers, tok = pytest.importorskip('transformers'), chats
     model = make(FAMILIES['llama'] | {'vocab_size': tok.vocab_size})
     huggingface.write(str(tmp_path), model, tok)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
