@@ -804,7 +804,7 @@ else:
     code = 0
     say(f'done: {max_iters} iters in {elapsed + time.perf_counter() - started:.0f} s' +
         (f', best validation loss {best_val_loss:.4f}' if val_splits else '') +
-        f'. Now let it write:\n    python sample.py --out_dir={out_dir}')
+        f". Now let it write:\n    python sample.py --out_dir={out_dir}{' --chat' * (stage != 'pretrain')}")
 if under_torchrun:
     parallel.total(0)  # the first process may still be saving and copying
 run_folder.let_go()

@@ -340,7 +340,7 @@ def test_sft_learns_to_answer_and_to_stop(place):
     text, _ = run('train.py', *TALK, *SFT, '--max_iters=300', '--batch_size=8', '--learning_rate=1e-2',
                   '--sample_interval=300', '--eval_interval=100',
                   '--out_dir=out/long', cwd=place)
-    assert '\n> What is 3?\nIt is three.\n--------' in text
+    assert '\n> What is 3?\nIt is three.\n--------' in text and 'python sample.py --out_dir=out/long --chat' in text
     log = read_log(place / 'out' / 'long')
     assert {key for r in log for key in r if key.startswith('val_')} == {'val_loss', 'val_ppl'}
     assert log[-1]['val_loss'] < 0.3 < 3 < log[0]['val_loss']
