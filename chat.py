@@ -14,6 +14,7 @@ import numpy as np
 from configurator import UserError
 
 ROLES = ('system', 'user', 'assistant')
+EXAMPLE = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]
 CHATML_TOKENS = ('<|im_start|>', '<|im_end|>')
 CHATML = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -40,8 +41,8 @@ def for_chats(tokenizer, template_file=''):
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"chat_template='{template_file}' cannot be read ({e})") from None
     tokenizer = tokenizer.extended([token for token in CHATML_TOKENS if token in template], {'chat_template': template})
-    ids, taught = encode(tokenizer, [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}])
-    tokenizer.beside['eos_token_id'] = sorted(tokenizer.stop_ids() | {int(ids[taught][-1])})
+    encode(tokenizer, EXAMPLE)
+    tokenizer.beside['eos_token_id'] = sorted(end_of_answer(tokenizer))
     return tokenizer
 
 
@@ -85,7 +86,7 @@ def encode(tokenizer, messages, first=0):
     Raises UserError where the template has no form for it, does not end an answer, or does not begin it as its prompt does.
     """
     text = written(tokenizer, messages, answers=False)
-    ids = np.array(tokenizer.encode(text, special=True), np.uint32)
+    ids = tokenizer.encode(text, special=True)
     taught, special = np.zeros(len(ids), bool), {*tokenizer.special.values(), tokenizer.eot_id}
     for n in (n for n, message in enumerate(messages) if n >= first and message['role'] == 'assistant'):
         asked = written(tokenizer, messages[:n], answers=True)
@@ -93,25 +94,23 @@ def encode(tokenizer, messages, first=0):
         if not text.startswith(asked) or not answer.startswith(messages[n]['content'].strip()):
             raise UserError(f"the chat template of {tokenizer.name} writes an answer's beginning otherwise than the prompt for "
                             'it, so that it cannot be told what to teach; choose another with --chat_template')
-        before = np.array(tokenizer.encode(asked, special=True), np.uint32)
-        start = _common(before, ids)
-        beyond = len(tokenizer.decode_bytes(before[start:].tolist()))  # where the answer's first token merges with the prompt
+        before = tokenizer.encode(asked, special=True)
+        start = _shared(before, ids)
+        beyond = len(tokenizer.decode_bytes(before[start:]))  # where the answer's first token merges with the prompt
         while beyond > 0:
-            beyond -= len(tokenizer.decode_bytes([int(ids[start])]))
+            beyond -= len(tokenizer.decode_bytes([ids[start]]))
             start += 1
         end = next((at for at in range(start, len(ids)) if ids[at] in special), None)
         if end is None:
             raise UserError(f'the chat template of {tokenizer.name} ends no answer with a special token that the tokenizer '
                             'knows, so that the model would never stop; choose another with --chat_template')
         taught[start:end + 1] = True
-    return ids, taught
+    return np.array(ids, np.uint32), taught
 
 
-def _common(a, b):
-    """How many elements two arrays have in common from the beginning on."""
-    n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n
+def _shared(a, b):
+    """How many elements two lists have in common from the beginning on."""
+    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 # ---- records → conversations
@@ -150,13 +149,9 @@ def read_pair(record, names):
         else:
             pair.append(check(_begin(found) + _message('assistant', found, key)))
     shared = _shared(*pair)
-    if pair[0] != pair[1] and not all(m['role'] == 'assistant' for side in pair for m in (side[shared:] or [{'role': ''}])[:1]):
+    if pair[0] != pair[1] and not all(shared < len(side) and side[shared]['role'] == 'assistant' for side in pair):
         raise ValueError('differs in what is asked, not in what is answered')
     return *pair, shared
-
-
-def _shared(a, b):
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def _values(record, names, *one_of):
@@ -208,11 +203,9 @@ def _whole(text):
 
 # ---- conversing
 
-
 def end_of_answer(tokenizer):
     """The ids that end an answer: the tokenizer's own stops, and the special token that its template writes behind one."""
-    answered = render(tokenizer, [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}], answers=False)
-    asked = render(tokenizer, [{'role': 'user', 'content': 'a'}])
+    answered, asked = render(tokenizer, EXAMPLE, answers=False), render(tokenizer, EXAMPLE[:1])
     special = set(tokenizer.special.values())
     return tokenizer.stop_ids() | set([i for i in answered[len(asked):] if i in special][:1])
 

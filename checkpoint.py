@@ -274,13 +274,13 @@ def grow_vocabulary(checkpoint, vocab_size, seed):
     missing = vocab_size - checkpoint['model_config']['vocab_size']
     if missing <= 0:
         return
-    for name in ('wte.weight', 'lm_head.weight'):
-        if name == 'wte.weight' or not checkpoint['model_config']['tie_weights']:
-            former = weights[name]
-            aside = torch.randn(missing, former.size(1), generator=generator) * former.std(0)
-            weights[name] = torch.cat((former, former.mean(0) + 0.1 * aside))
-        else:
-            weights[name] = weights['wte.weight']
+    tied = checkpoint['model_config']['tie_weights']
+    for name in ('wte.weight',) if tied else ('wte.weight', 'lm_head.weight'):
+        former = weights[name]
+        aside = torch.randn(missing, former.size(1), generator=generator) * former.std(0)
+        weights[name] = torch.cat((former, former.mean(0) + 0.1 * aside))
+    if tied:
+        weights['lm_head.weight'] = weights['wte.weight']
     checkpoint['model_config']['vocab_size'] = vocab_size
 
 

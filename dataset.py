@@ -54,13 +54,7 @@ def read_meta(name):
         counts = [entry[key] for entry in entries for key in ('tokens', 'documents', 'bytes', 'max_id')]
         if not all(type(n) is int and 0 <= n < 2**53 for n in [*counts, *meta.get('left_out', {}).values()]):
             raise TypeError('counts are whole numbers')
-        if 'stage' in meta and not (meta['stage'] in ('sft', 'dpo') and type(meta['block_size']) is int and
-                                    1 < meta['block_size'] < 2**24 and all(
-                                        type(entry['mask']) is str and type(entry['mask_sha256']) is str and
-                                        type(entry['most_in_row']) is int and 0 < entry['most_in_row'] < meta['block_size'] and
-                                        type(entry['taught']) is int and entry['tokens'] > 0 and
-                                        entry['tokens'] % (meta['block_size'] * sides(meta['stage'])) == 0
-                                        for entry in entries)):
+        if 'stage' in meta and not _has_rows(meta):
             raise ValueError('its rows are none')
         inside = [meta['tokenizer'].get('file', 'x'), *meta['files'], *(entry.get('mask', 'x') for entry in entries)]
         outside = [file for file in inside if type(file) is not str or not re.fullmatch(r'\w[\w.-]*', file)]
@@ -73,6 +67,16 @@ def read_meta(name):
         raise UserError(f"{path}: dtype {meta['dtype']!r:.80} with vocab_size {meta['vocab_size']!r:.80} is neither uint16 "
                         'with at most 65536 nor uint32 with at most 16777216; prepare the data again')
     return meta
+
+
+def _has_rows(meta):
+    """Whether the manifest of conversations says what `Rows` needs to know."""
+    size = meta['block_size']
+    return meta['stage'] in ('sft', 'dpo') and type(size) is int and 1 < size < 2**24 and all(
+        type(text) is str for text in [meta['chat_template'], *(
+            entry[key] for entry in meta['files'].values() for key in ('mask', 'mask_sha256'))]) and all(
+        type(entry['taught']) is type(entry['most_in_row']) is int and 0 < entry['most_in_row'] < size and
+        0 < entry['tokens'] and entry['tokens'] % (size * sides(meta['stage'])) == 0 for entry in meta['files'].values())
 
 
 def public_source(source):
@@ -180,7 +184,7 @@ class Split:
         for file, entry in entries.items():
             if entry['tokens'] > block_size:
                 self.files.append(_check(os.path.join(folder, file), self.dtype, entry, meta, hashes))
-                # beside the tokens, a byte each: 0 = never a target
+                # beside the tokens, a byte each, of which TAUGHT says whether it may be a target
                 self.masks.append(_check_size(os.path.join(folder, entry['mask']), np.dtype(np.uint8), entry)
                                   if 'mask' in entry else None)
                 self.lengths.append(entry['tokens'])
@@ -215,7 +219,7 @@ class Split:
                             'prepare the data again')
         targets = ids[1:].copy()
         if self.masks[f]:
-            targets[part(self.masks[f])[1:] == 0] = -1
+            targets[part(self.masks[f])[1:] & TAUGHT == 0] = -1
         return ids[:-1], targets
 
 
@@ -271,9 +275,9 @@ class Rows:
         return ids[0], targets[0], begins[0]
 
 
-def split_of(name, split, block_size, stride):
-    """A split of a data set as windows of a text, or as rows of conversations, by what it holds."""
-    return Rows(name, split, block_size) if 'stage' in read_meta(name) else Split(name, split, block_size, stride)
+def split_of(meta, name, split, block_size, stride):
+    """A split of a data set as windows of a text, or as rows of conversations, by its manifest."""
+    return Rows(name, split, block_size) if 'stage' in meta else Split(name, split, block_size, stride)
 
 
 def _check_size(path, dtype, entry):

@@ -242,7 +242,8 @@ def outcomes(reports):
 def manifest(tok, entries, note):
     return {'dtype': shards.token_dtype(tok).name, 'vocab_size': tok.vocab_size, 'eot_id': tok.eot_id, 'bos_id': tok.bos_id,
             'tokenizer': {'name': tok.name, 'fingerprint': tok.fingerprint(), 'file': STATE_FILE},
-            'files': entries, 'note': note} | ({} if stage == 'pretrain' else {'stage': stage, 'block_size': block_size})
+            'files': entries, 'note': note} | ({} if stage == 'pretrain' else {
+                'stage': stage, 'block_size': block_size, 'chat_template': tok.beside['chat_template']})
 
 
 def write_sources(folder, reports):

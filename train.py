@@ -222,8 +222,8 @@ def open_data(names):
             raise UserError(f"dataset='{dataset}': {names[0]} was prepared with tokenizer {metas[0]['tokenizer']['name']}, "
                             f"{name} with {meta['tokenizer']['name']}; a mixture needs one tokenizer")
     has_val = {name: any(file.startswith('val') for file in meta['files']) for name, meta in zip(names, metas)}
-    return (metas, [split_of(name, 'train', block_size, stride) for name in names],
-            {name: split_of(name, 'val', block_size, stride=block_size) for name in names if has_val[name]})
+    return (metas, [split_of(meta, name, 'train', block_size, stride) for name, meta in zip(names, metas)],
+            {name: split_of(meta, name, 'val', block_size, block_size) for name, meta in zip(names, metas) if has_val[name]})
 
 
 def check_settings():
@@ -446,15 +446,15 @@ def evaluate():
     raw_model.eval()
     found = {}  # figure → value by source
     for name, split in val_splits.items():
-        sums = torch.zeros(2 + len(REPORTED), device=device)
+        sums = torch.zeros(2 + len(REPORTED), device=device)  # targets or pairs, their loss, and what else is reported
         for batch in val_batches(split, eval_iters * batch_size, micro_batch, rank, world_size):
             batch = tuple(on_device(map(torch.from_numpy, batch)))
             with autocast(device, dtype):
                 loss, rewards = loss_of(model, *batch, evaluates=True)
-            sums += torch.cat((torch.stack((loss, count(*batch))), rewards))
+            sums += torch.cat((torch.stack((count(*batch), loss)), rewards))
         if under_torchrun:
             dist.all_reduce(sums)
-        loss, *rewards = (sums[[0, *range(2, len(sums))]] / sums[1]).tolist()
+        loss, *rewards = (sums[1:] / sums[0]).tolist()
         figures = {'val_loss': loss} | {f'val_{key}': value for key, value in named(rewards).items()}
         if stage == 'pretrain':
             figures['val_bpb'] = loss / math.log(2) * split.n_tokens / split.n_bytes
@@ -591,29 +591,29 @@ if under_torchrun:
     dist.barrier()
 metas, train_splits, val_splits = open_data(names)
 meta = metas[0]
-tokenizer = tokenizer_from_state(loaded['tokenizer']) if loaded else read_tokenizer(names[0], meta)
-if stage == 'sft' and not resumes and tokenizer.agrees_with(read_tokenizer(names[0], meta)):
-    tokenizer = read_tokenizer(names[0], meta)  # which may have special tokens that the model is to learn now
-if tokenizer.fingerprint() != meta['tokenizer']['fingerprint'] and not (
-        loaded and tokenizer.agrees_with(read_tokenizer(names[0], meta))):
-    whose = f'{loaded_path} was trained with' if loaded else 'here it is now'
-    raise UserError(f"data set {names[0]} was prepared with tokenizer {meta['tokenizer']['name']}, but {whose} tokenizer "
-                    f'{tokenizer.name}, whose ids are others; prepare the data again' +
-                    (f' with --tokenizer={init_from}' if loaded and init_from != 'resume' else ''))
-if stage != 'pretrain':
-    theirs = [read_tokenizer(name, meta) for name, meta in zip(names, metas)]
-    wrong = [name for name, its_own in zip(names, theirs) if chat.chat_template(its_own) != chat.chat_template(tokenizer) or
-             not its_own.special.keys() <= tokenizer.special.keys()]
-    if wrong:
-        whose = f'the model in {loaded_path}' if loaded and (stage == 'dpo' or resumes) else f'data set {names[0]}'
-        raise UserError(f'data set {wrong[0]} was prepared with another chat template than that of {whose}; ' + (
-            'prepare it again with the same' if chat.chat_template(tokenizer) else 'it has none: --stage=sft comes before dpo'))
+tokenizer, fingerprint = tokenizer_from_state(loaded['tokenizer']) if loaded else None, meta['tokenizer']['fingerprint']
+learns_to_chat, unknown = stage == 'sft' and not resumes, ()  # in the data's template, with its special tokens
+if not loaded or learns_to_chat or tokenizer.fingerprint() != fingerprint:
+    of_data = read_tokenizer(names[0], meta)
+    if not tokenizer.agrees_with(of_data) if loaded else of_data.fingerprint() != fingerprint:
+        whose = f'{loaded_path} was trained with' if loaded else 'here it is now'
+        raise UserError(f"data set {names[0]} was prepared with tokenizer {meta['tokenizer']['name']}, but {whose} tokenizer "
+                        f'{(tokenizer or of_data).name}, whose ids are others; prepare the data again' +
+                        (f' with --tokenizer={init_from}' if loaded and init_from != 'resume' else ''))
+    tokenizer = of_data if learns_to_chat or not loaded else tokenizer
+    unknown = of_data.special.keys() - tokenizer.special.keys()
+other = [name for name, m in zip(names, metas) if stage != 'pretrain' and (
+    m['chat_template'] != chat.chat_template(tokenizer) or unknown)]
+if other:
+    whose = f'data set {names[0]}' if learns_to_chat or not loaded else f'the model in {loaded_path}'
+    raise UserError(f'data set {other[0]} was prepared with another chat template than that of {whose}; ' + (
+        'prepare it again with the same' if chat.chat_template(tokenizer) else 'it has none: --stage=sft comes before dpo'))
 manifests = {split.name: split.manifest for split in train_splits}
 order = TrainingOrder(train_splits, weights, total_batch, seed)
 
 # ---- model and optimizer
 
-if loaded and stage == 'sft' and not resumes:
+if loaded and learns_to_chat:
     checkpoint.grow_vocabulary(loaded, tokenizer.vocab_size, seed)
     vocab_size = config['vocab_size'] = loaded['model_config']['vocab_size']
 shape = model_config(loaded['model_config']['vocab_size'] if loaded else meta['vocab_size'])
@@ -634,7 +634,7 @@ loop = {  # what else a resumed run has to know
     'wandb_id': '',
     'reference': '',  # the fingerprint of dpo's
 }
-measure = None  # the reference's checkpoint, where it is at hand
+measure = None  # the reference's checkpoint, where it is at hand, with all of its positions
 if stage == 'dpo' and not resumes:
     reference = config['reference'] = reference or loaded_path
     measure = loaded | {'model': dict(loaded['model'])} if reference == loaded_path else \
@@ -742,14 +742,15 @@ while True:
     n_targets = torch.full((), float(n_targets), device=device)
     if under_torchrun:
         dist.all_reduce(n_targets)
+    scale = world_size / n_targets.clamp(min=1)
     sums = torch.zeros(1 + len(REPORTED), device=device)  # the loss, and what else is reported
     for m, batch in enumerate(micro_batches):
         torch.manual_seed(hash_ints(seed, it + loop['data_shift'], rank, m))  # of dropout
         with parallel.local_gradients(ddp_model, wait=m < micro_steps - 1), autocast(device, dtype):
             loss, rewards = loss_of(ddp_model, *on_device(batch))
-            loss = loss * (world_size / n_targets.clamp(min=1))
+            loss = loss * scale
         scaler.scale(loss).backward()
-        sums += torch.cat((loss.detach()[None], rewards * (world_size / n_targets)))
+        sums += torch.cat((loss.detach()[None], rewards * scale))
     scaler.unscale_(opt)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
     if under_torchrun:
