@@ -30,7 +30,6 @@ config = configure(globals(), inherits='train.py')
 
 import contextlib
 import copy
-import dataclasses
 import importlib.util
 import json
 import math
@@ -50,9 +49,9 @@ import torch
 import checkpoint
 import huggingface
 from dataset import Split, TrainingOrder, folder_of, parse_mix, read_ahead, read_meta
-from device import autocast, device_name, peak_flops, peak_memory, pick_device, pick_dtype, set_up, synchronize
+from device import autocast, device_name, peak_flops, peak_memory, pick_device, pick_dtype, product_rate, set_up, synchronize
 from generation import Sampling, Writer
-from model import ModelConfig, Transformer
+from model import Transformer
 from optim import make_optimizer
 
 run = SimpleNamespace(**config)  # the settings of train.py too
@@ -113,14 +112,6 @@ def training_data():
             f'random tokens, since data/{run.dataset} is not there')
 
 
-def training_shape(vocab):
-    """The model's shape by train.py's settings."""
-    try:
-        return ModelConfig(**{f.name: config[f.name] for f in dataclasses.fields(ModelConfig)} | {'vocab_size': vocab})
-    except ValueError as e:
-        raise UserError(str(e)) from None
-
-
 def training_peer(name, c, compiled):
     """(a function from a batch to its mean loss, the weights, the optimizer) of one way to train."""
     torch.manual_seed(run.seed)
@@ -156,7 +147,7 @@ def training_peer(name, c, compiled):
 def measure_way(name, precision, compiled):
     """For each line of standard input, a round's figures in seconds and bytes, as a line of JSON."""
     vocab, load, _ = training_data()
-    loss_of, params, opt = training_peer(name, training_shape(vocab), compiled == 'True')
+    loss_of, params, opt = training_peer(name, checkpoint.shape_of(config, vocab), compiled == 'True')
     cuda, batches = device.startswith('cuda'), read_ahead(load, range(10**9))
 
     def mark():
@@ -197,20 +188,6 @@ def measure_way(name, precision, compiled):
         print(json.dumps(figures | {'memory': peak_memory(device)}), flush=True)
 
 
-def product_rate():
-    """FLOP/s of the best of some large matrix products in `dtype`."""
-    best = 0.0
-    for n in (1024, 2048) if device == 'cpu' else (4096, 8192):
-        a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in 'ab')
-        for _ in range(5):
-            synchronize(device)
-            started = time.perf_counter()
-            a @ b
-            synchronize(device)
-            best = max(best, 2 * n**3 / (time.perf_counter() - started))
-    return best
-
-
 def measure_training():
     """Each way in a process of its own, so that none has the others' memory or settings; only one of them works at a time."""
     ways, processes = training_ways(), []
@@ -222,7 +199,7 @@ def measure_training():
                 raise UserError(f'{each} cannot be measured: its reason stands above')
         peaks, figures = [], [[] for _ in ways]
         for _ in range(rounds):
-            peaks.append(product_rate())
+            peaks.append(product_rate(device, dtype))
             for process, done in zip(processes, figures):
                 print(file=process.stdin, flush=True)
                 done.append(json.loads(process.stdout.readline()))
@@ -231,7 +208,7 @@ def measure_training():
             process.kill()
     vocab, _, data = training_data()
     with torch.device('meta'):
-        model = Transformer(training_shape(vocab))
+        model = Transformer(checkpoint.shape_of(config, vocab))
     tokens = batch_size * run.block_size
     rates = [[tokens / figure['step'] for figure in done] for done in figures]
     medians = list(map(statistics.median, rates))

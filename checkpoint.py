@@ -255,6 +255,14 @@ def read_log(out_dir, last_iter):
         raise UserError(f'{path} is damaged ({e}); move it away to go on without it') from None
 
 
+def shape_of(settings, vocab_size):
+    """The shape of the model that train.py's settings describe. Raises UserError for what is none."""
+    try:
+        return ModelConfig(**{key: settings[key] for key in ModelConfig.__annotations__} | {'vocab_size': vocab_size})
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+
 def model_config(checkpoint, path):
     """The shape of a checkpoint's model. Raises UserError if that is no shape, or not that of its weights."""
     try:

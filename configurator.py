@@ -44,12 +44,14 @@ class Config(dict):
         super().__init__(settings)
         self.source = dict.fromkeys(settings, 'default')
         self.auto = set()  # names of numbers that are 'auto'
+        self.positional = []  # arguments that are no settings, where a script takes some
 
 
-def configure(settings, inherits=None):
+def configure(settings, inherits=None, positional=''):
     """
     Resolves `settings` (a script's `globals()`) against sys.argv, writes the values back, and returns them as a Config. With
     `inherits`, the name of a script beside it, that script's settings are this one's too, where it has none of that name.
+    `positional`: what an argument without -- is, if not a config file; they are in `config.positional`.
 
     Raises UserError for a name that has no default, a value of another type, or a file that cannot be read.
     """
@@ -79,6 +81,8 @@ def configure(settings, inherits=None):
             _set(config, key, value, 'command line', choices)
         elif arg.startswith('-'):
             raise UserError(f'{arg}: a setting is written --key=value')
+        elif positional:
+            config.positional.append(arg)
         else:
             _run_file(arg, config, choices)
     settings.update(config)

@@ -9,17 +9,19 @@ import os
 import platform
 import re
 import sys
+import time
 
 import torch
 
 from configurator import UserError
 
-# Peak dense bf16 (fp16 where a card has no bf16) FLOP/s from the makers' data sheets, by a part of the device's name;
-# the first match counts. Used for model FLOPs utilisation (MFU) only.
-PEAK_FLOPS = {
-    'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'A10G': 70e12, 'A10': 125e12,
-    'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'T4': 65e12, 'V100': 125e12,
-    'RTX 4090': 165e12, 'RTX 3090': 71e12,
+# Peak dense FLOP/s in bf16 (fp16 where a card has no bf16, fp32 of Apple's chips) and bytes of memory (of the smallest that is
+# sold), from the makers' data sheets, by a part of the device's name; the first match counts.
+DEVICES = {
+    'B200': (2250e12, 180e9), 'H200': (989e12, 141e9), 'H100 PCIe': (756e12, 80e9), 'H100': (989e12, 80e9),
+    'A100': (312e12, 40e9), 'A10G': (70e12, 24e9), 'A10': (125e12, 24e9), 'L40S': (362e12, 48e9), 'L40': (181e12, 48e9),
+    'L4': (121e12, 24e9), 'T4': (65e12, 16e9), 'V100': (125e12, 16e9), 'RTX 4090': (165e12, 24e9), 'RTX 3090': (71e12, 24e9),
+    'M1 Ultra': (21e12, 64e9), 'M1 Max': (10.4e12, 32e9), 'M1 Pro': (5.2e12, 16e9), 'M1': (2.6e12, 8e9), 'M2': (3.6e12, 8e9),
 }
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -163,8 +165,22 @@ def device_name(device):
 
 
 def peak_flops(device):
-    """Peak FLOP/s of `device` (see PEAK_FLOPS), or None where it is not known."""
+    """Peak FLOP/s of `device` (see DEVICES), or None where it is not known."""
     if device == 'cpu':
         return None
     name = device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf'\b{part}\b', name)), None)
+    return next((flops for part, (flops, _) in DEVICES.items() if re.search(rf'\b{part}\b', name)), None)
+
+
+def product_rate(device, dtype):
+    """FLOP/s of the best of some large matrix products in `dtype`, measured."""
+    best = 0.0
+    for n in (1024, 2048) if device == 'cpu' else (4096, 8192):
+        a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in 'ab')
+        for _ in range(5):
+            synchronize(device)
+            started = time.perf_counter()
+            a @ b
+            synchronize(device)
+            best = max(best, 2 * n**3 / (time.perf_counter() - started))
+    return best

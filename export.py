@@ -30,6 +30,7 @@ import shutil
 import sys
 
 import checkpoint
+import curves
 import huggingface
 
 CARD = """\
@@ -160,10 +161,10 @@ def card_of_the_run(folder, loaded, n, log):
                    *((words, f'{val[-1][key]:{form}}') for key, words, form in (
                        ('val_ppl', 'perplexity', '.2f'), ('val_bpb', 'bits per byte', '.4f'),
                        ('val_accuracy', 'pairs of answers in the right order', '.0%')) if key in val[-1])]
-    pictured = (train or val) and draw_losses(train, val, os.path.join(folder, 'loss.png'))
+    pictured = (train or val) and draw_losses(run_dir, loaded['iter'], os.path.join(folder, 'loss.png'))
     return RUN.format(data=table(*data), training=training,
                       losses=(table(*losses) if train or val else 'The log is not at hand.') +
-                             ('\n\n![loss by tokens seen](loss.png)' if pictured else ''))
+                             ('\n\n![losses by tokens seen](loss.png)' if pictured else ''))
 
 
 def table(*rows):
@@ -172,23 +173,13 @@ def table(*rows):
     return '\n'.join([lines[0], '|' + ' --- |' * len(rows[0]), *lines[1:]])
 
 
-def draw_losses(train, val, path):
-    """The loss curves as a picture; False, with one line, where matplotlib is not there."""
+def draw_losses(run_dir, last_iter, path):
+    """The run's curves as a picture; False, with one line, where matplotlib is not there."""
     try:
-        import matplotlib
-    except ImportError:
-        print('loss.png is left out: it needs matplotlib (pip install matplotlib)')
+        curves.draw([curves.read(run_dir, last_iter)], path)
+    except UserError as e:
+        print(e)
         return False
-    matplotlib.use('agg')
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout='constrained')
-    axes.plot([r['tokens'] for r in train], [r['loss'] for r in train], linewidth=1, alpha=0.7, label='training, single steps')
-    if val:
-        axes.plot([r['tokens'] for r in val], [r['val_loss'] for r in val], marker='o', markersize=3, label='validation')
-    axes.set(xlabel='tokens seen', ylabel='loss, nats per token')
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
     return True
 
 

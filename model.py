@@ -261,7 +261,10 @@ class KVCache:
         self.k, self.v = ([kept.repeat(batch_size, 1, 1, 1) for kept in part] for part in (self.k, self.v))
 
 
-def attention_in_blocks(q, k, v, mask=None, size=256):
+ATTENTION_BLOCK = 256  # queries
+
+
+def attention_in_blocks(q, k, v, mask=None, size=ATTENTION_BLOCK):
     """
     Causal attention, softmax(q kᵀ / √hs) v, of q (B, nh, T, hs) and k, v (B, nkv, T, hs), a block of queries after the
     other and each with the keys up to its end, or those of them that a `mask` shows. For training in bfloat16 on CPUs: there

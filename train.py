@@ -30,6 +30,7 @@ mirror = ''  # copy checkpoints, log and settings there as well: s3://bucket/run
 sample_interval = 300  # steps between samples of text; 0 = none
 sample_prompt = 'def '  # what the samples continue, '' = a new document; or, of sft and dpo, the message they answer
 sample_tokens = 200  # their length
+picture = True  # draw the losses at the end, in loss.png in out_dir, where matplotlib is there
 wandb_log = False  # log to Weights & Biases as well
 wandb_project = 'sourdough'  # the project there
 wandb_run_name = ''  # the run's name there; '' = out_dir
@@ -94,6 +95,7 @@ config = configure(globals())
 # torch takes seconds to import: a mistyped setting is found before
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import os
 import signal
@@ -106,6 +108,8 @@ import torch.distributed as dist
 
 import chat
 import checkpoint
+import costs
+import curves
 import huggingface
 import parallel
 import reference as reference_model
@@ -113,6 +117,7 @@ import rows
 import run_folder
 from dataset import TrainingOrder, folder_of, hash_ints, parse_mix, read_ahead, read_meta, read_tokenizer, split_of, val_batches
 from device import autocast, device_name, most_that_fit, not_compiled, peak_flops, pick_device, pick_dtype, set_up, synchronize
+from device import peak_memory as memory_taken
 from files import write_whole
 from generation import Sampling, generate, unknown_ids
 from health import Interruption, Numbers
@@ -127,7 +132,7 @@ from tokenizer import tokenizer_from_state
 OF_THE_MACHINE = ('out_dir', 'init_from', 'mirror', 'device', 'compile', 'backend', 'checkpoint_activations', 'fsdp')
 OF_THE_REPORTS = ('eval_interval', 'eval_iters', 'log_interval', 'checkpoint_interval', 'checkpoint_minutes', 'keep_last',
                   'keep_every', 'sample_interval', 'sample_prompt', 'sample_tokens', 'wandb_log', 'wandb_project',
-                  'wandb_run_name', 'max_iters', 'lr_decay_iters', 'max_bad_steps')
+                  'wandb_run_name', 'max_iters', 'lr_decay_iters', 'max_bad_steps', 'picture')
 MODEL_SETTINGS = [field.name for field in dataclasses.fields(ModelConfig)]
 
 rank, local_rank, world_size = parallel.distributed()
@@ -173,7 +178,7 @@ def take_over_settings(loaded, path):
         elif now != value and (goes_on or key not in ('dropout', 'vocab_size')):
             changed.append(f'{key} was {value!r}, is now {now!r} ({config.source[key]})')
     former = checkpoint.model_config(loaded, path)
-    was, now = dataclasses.asdict(former), dataclasses.asdict(model_config(former.vocab_size))
+    was, now = dataclasses.asdict(former), dataclasses.asdict(checkpoint.shape_of(config, vocab_size or former.vocab_size))
     free = {'dropout', 'init_std', 'zero_init'}
     if not goes_on:
         free |= {'sliding_window', 'rope_theta', 'rope_scaling'}
@@ -188,14 +193,6 @@ def take_over_settings(loaded, path):
                         'goes on with the new ones, another --out_dir begins another run')
     for line in changed:
         say(f'changed: {line}')
-
-
-def model_config(data_vocab_size):
-    """The model's shape by the settings."""
-    try:
-        return ModelConfig(**{key: config[key] for key in MODEL_SETTINGS} | {'vocab_size': vocab_size or data_vocab_size})
-    except ValueError as e:
-        raise UserError(str(e)) from None
 
 
 def prepare_missing(names):
@@ -495,6 +492,26 @@ def sample():
     say(f'--------\n{text}\n--------')
 
 
+def plan_rest(it, first_steps, evaluation):
+    """The seconds that this process takes in all, by its first steps and an evaluation (0 = not known); says them."""
+    steps_left = max_iters - it - 1
+    evaluations = max_iters // eval_interval - it // eval_interval + (max_iters % eval_interval > 0)
+    seconds = time.perf_counter() - started + steps_left * min(first_steps[1:]) + evaluations * evaluation
+    say(f'plan: {seconds:.0f} s by the first steps' +
+        (f', with {evaluations} evaluations of {evaluation:.1f} s' if evaluation else ''))
+    return seconds
+
+
+def draw_losses():
+    """loss.png, where matplotlib is there; without it the run is as good."""
+    run = importlib.util.find_spec('matplotlib') and curves.read(out_dir)
+    try:
+        if run:
+            curves.draw([run], os.path.join(out_dir, 'loss.png'))
+    except UserError as e:
+        say(f'loss.png: {e}')
+
+
 def load_step(it):
     """This process's share of step `it`: its micro-batches, and how many of their targets count."""
     if device.startswith('cuda'):
@@ -616,7 +633,7 @@ order = TrainingOrder(train_splits, weights, total_batch, seed)
 if loaded and learns_to_chat:
     checkpoint.grow_vocabulary(loaded, tokenizer.vocab_size, seed)
     vocab_size = config['vocab_size'] = loaded['model_config']['vocab_size']
-shape = model_config(loaded['model_config']['vocab_size'] if loaded else meta['vocab_size'])
+shape = checkpoint.shape_of(config, vocab_size or (loaded['model_config'] if loaded else meta)['vocab_size'])
 # a tokenizer may have special tokens beyond what a model of somebody else knows: those that occur count
 needed = 1 + max(entry['max_id'] for m in metas for entry in m['files'].values()) if loaded else meta['vocab_size']
 if shape.vocab_size < needed:
@@ -701,6 +718,10 @@ interruption = Interruption(say, under_torchrun)
 steps = read_ahead(load_step, range(first_iter, max_iters))
 started = time.perf_counter()  # all times in seconds
 measured, measured_tokens = 0.0, 0  # what the next line of the log divides: training only, without what interrupts it
+planned_memory = costs.memory(raw_model, micro_batch * rows.sides(stage), dtype, optimizer, device == 'cpu',
+                              checkpoint_activations, world_size if fsdp else 1)
+say(f'plan: memory {costs.in_words(planned_memory)}')
+first_steps, evaluation_time, planned_time = [], 0.0, None
 it = first_iter
 while True:
 
@@ -718,7 +739,9 @@ while True:
         measured += time.perf_counter() - waits
         improved = False
         if evaluates:
+            evaluation_time = time.perf_counter()
             figures = evaluate()
+            evaluation_time = time.perf_counter() - evaluation_time
             improved = figures['val_loss'] < best_val_loss and it > 0
             if improved:
                 former_best, best_val_loss = best_val_loss, figures['val_loss']
@@ -771,6 +794,10 @@ while True:
     # 4. log
     measured += time.perf_counter() - step_started
     measured_tokens += tokens_per_step
+    if len(first_steps) < 4:
+        first_steps.append(time.perf_counter() - step_started)
+        if len(first_steps) == 4:
+            planned_time = plan_rest(it, first_steps, evaluation_time)
     if wrong:
         report(iter=it, tokens=tokens_seen(it + 1), bad_steps=numbers.state['bad_steps'], wrong=wrong)
         say(f'iter {it}: step left out, {wrong}; its batch is in {keep_bad_batch(it, wrong, micro_batches)}')
@@ -798,14 +825,19 @@ if wandb_run:
     wandb_run.finish(15 if interrupted else 30)
 if problem:
     raise UserError(f'{problem}; make room and go on with --init_from=resume')
+if rank == 0 and picture and not interrupted:
+    draw_losses()
 if interrupted:
     code = 128 + (interruption.signal or signal.SIGTERM)  # another process may have had it
     say(f'stopped at iter {it} and saved; --init_from=resume goes on')
 else:
     code = 0
-    say(f'done: {max_iters} iters in {elapsed + time.perf_counter() - started:.0f} s' +
-        (f', best validation loss {best_val_loss:.4f}' if val_splits else '') +
-        f". Now let it write:\n    python sample.py --out_dir={out_dir}{' --chat' * (stage != 'pretrain')}")
+    here = time.perf_counter() - started
+    say(f'done: {max_iters} iters in {elapsed + here:.0f} s' +
+        (f', best validation loss {best_val_loss:.4f}' if val_splits else ''))
+    say('taken, and planned: ' + (f'{here:.0f} s, {planned_time:.0f} s; ' if planned_time else '') +
+        f'{costs.short(memory_taken(device))}B of memory, {costs.short(sum(planned_memory.values()))}B')
+    say(f"Now let it write:\n    python sample.py --out_dir={out_dir}{' --chat' * (stage != 'pretrain')}")
 if under_torchrun:
     parallel.total(0)  # the first process may still be saving and copying
 run_folder.let_go()

@@ -500,7 +500,7 @@ def test_a_model_from_there_is_sampled_fine_tuned_and_exported(place):
     for words in ('license: "mit"', 'language: "en"', 'library_name: "transformers"', f'A GPT-2 of {again.num_parameters():,} ',
                   'trained on from gpt2hf with sourdough', '| owl |', '| tokens seen | 512 (8 steps, the last of 64', '1 x ',
                   '| validation loss |',
-                  '![loss by tokens seen](loss.png)', "name = 'tuned'", 'must not be trusted with'):
+                  '![losses by tokens seen](loss.png)', "name = 'tuned'", 'must not be trusted with'):
         assert words in card, words
     assert str(place) not in card  # nobody's folders are published
     assert "'out/tuned' holds no exported model, and --overwrite would destroy it" in fails(
