@@ -13,9 +13,9 @@ PROCESS = 450_000_000  # bytes of Python with torch, its compiler and the rest, 
 def memory(model, windows, dtype, optimizer, on_cpu, checkpoint_activations=False, shares=1):
     """
     Bytes that training takes at most, by part, of a `model` (on the meta device, say), with micro-batches of so many `windows`
-    and matrix products in `dtype`. `shares`: processes over which weights, gradients and optimizer are spread (fsdp). On CPUs
-    there is the process too, and a checkpoint while it is saved. A compiler needs less of the activations, which are those that
-    the backward pass reads (see `layer_bytes`).
+    and matrix products in `dtype` (float32, or another, of 16 bits). `shares`: processes over which weights, gradients and
+    optimizer are spread (fsdp). On CPUs there is the process too, and a checkpoint while it is saved. A compiler needs less of
+    the activations, which are those that the backward pass reads (see `layer_bytes`).
     """
     c, n, width = model.config, model.count_parameters(), 4 if dtype == 'float32' else 2
     tokens, matrices = windows * c.block_size, sum(p.numel() for p in model.parameters() if p.dim() == 2)

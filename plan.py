@@ -153,7 +153,7 @@ def describe():
         best_n, best_d = scaling.LAWS['besiroglu'].optimum(6 * n * trained)
         print(f'for as much work the best is {short(best_n)} parameters on {short(best_d)} tokens '
               f'({difference(scaling.LAWS["besiroglu"], n, trained)} loss; Besiroglu et al. 2024)')
-    dtype = 'bfloat16' if run.dtype == 'auto' else run.dtype
+    dtype = '16 bits' if run.dtype == 'auto' else run.dtype
     if device_name != 'here':
         parts = memory_on(model, dtype, on_cpu=False)
         print(memory_line(parts, dtype))
@@ -166,7 +166,8 @@ def describe():
     else:
         table = [('device', 'TFLOP/s', 'GB', 'fits', f'time at {mfu or USUAL_MFU:.0%} MFU' + f' on {devices}' * (devices > 1))]
         for name, (peak, room) in DEVICES.items():
-            table.append((name, f'{peak / 1e12:.3g}', f'{room / 1e9:.0f}', 'yes' if fits(parts, room) else 'no',
+            own = memory_on(model, 'float32', on_cpu=False) if name[0] == 'M' and run.dtype == 'auto' else parts  # Apple's
+            table.append((name, f'{peak / 1e12:.3g}', f'{room / 1e9:.0f}', 'yes' if fits(own, room) else 'no',
                          duration(work / (peak * devices * (mfu or USUAL_MFU)))))
         print(columns(table))
 
@@ -468,6 +469,7 @@ def draw_budgets(work):
             axes.annotate(name, (n, of.loss(n, d)), xytext=(6, 6), textcoords='offset points', fontsize=8, color='dimgrey')
     axes.set(xscale='log', xlabel='parameters N', ylabel='predicted loss, nats per token',
              title=f'Loss by size where the computation is given: 6 N D FLOPs (law: {law})')
+    axes.xaxis.set_major_formatter(short_ticks)
     axes.legend(fontsize=8)
     save(figure, plot)
     print(f'{plot}: the predicted losses by size')
@@ -525,6 +527,10 @@ def fit_law():
     return of
 
 
+def short_ticks(number, _):
+    return short(number)
+
+
 def draw_law(of, spread, runs, checks):
     """Draws the runs' losses by tokens, a curve of the law for each size, and the runs that were left out."""
     pyplot = import_pyplot(f"plot='{plot}'")
@@ -544,6 +550,8 @@ def draw_law(of, spread, runs, checks):
                           label=f'{short(n)} parameters{words}')
     axes.set(xscale='log', xlabel='training tokens D', ylabel='validation loss, nats per token',
              title='Runs (marks), their law (lines) and its uncertainty (80%)')
+    axes.xaxis.set_major_formatter(short_ticks)
+    axes.xaxis.set_minor_formatter(short_ticks)
     axes.legend()
     save(figure, plot)
     print(f'{plot}: the runs and their law')

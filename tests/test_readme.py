@@ -1,4 +1,4 @@
-"""The README's commands are real: each one's settings exist, its files are there, and the quick start runs."""
+"""The commands of README and docs are real: each one's settings exist, its files are there, and the quick start runs."""
 
 import re
 import shlex
@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT, run
 
 README = (ROOT / 'README.md').read_text()
-BLOCKS = re.findall(r'```sh\n(.*?)```', README, re.S)
+PAGES = [README, *(path.read_text() for path in ROOT.glob('docs/*.md'))]
+BLOCKS = [block for page in PAGES for block in re.findall(r'```sh\n(.*?)```', page, re.S)]
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if 'python ' in line or 'torchrun ' in line]
 DOCSTRINGS = [line.split('  #')[0].strip() for path in [*ROOT.glob('*.py'), *ROOT.glob('config/*.py'), *ROOT.glob('data/*.py')]
               for line in path.read_text().split('"""')[1].replace('\\\\\n', '').splitlines()
@@ -48,7 +49,7 @@ def test_the_quick_start_runs(tmp_path):
 
 def test_the_tests_it_names_exist():
     sources = {path.name: path.read_text() for path in (ROOT / 'tests').glob('*.py')}
-    for line in README.splitlines():
+    for line in '\n'.join(PAGES).splitlines():
         files = re.findall(r'`tests/(test_\w+\.py)`', line)
         for name in re.findall(r'`(test_\w+)`', line):
             assert any(f'def {name}(' in sources[file] for file in files), name
