@@ -201,7 +201,7 @@ def here(model):
     print(memory_line(parts, dtype))
     room = device_memory * 1e9 or memory_limit(device)
     print(f'here, {name_of(device)}, {room / 1e9:.0f} GB: {"fits" if fits(parts, room) else "does not fit"}; '
-          f'{time_and_money(trained / rate + evaluated / evaluation_rate)} at {rate:,.0f} tokens a second, measured '
+          f'{time_and_money((trained / rate + evaluated / evaluation_rate) / devices)} at {rate:,.0f} tokens a second, measured '
           f'({windows} x {run.block_size} tokens at once)')
 
 

@@ -35,25 +35,26 @@ GPT2 = '--norm=layernorm --mlp=gelu --pos=learned --bias=True --n_kv_head=0'.spl
 
 def start(script, *args, cwd, torchrun=0, **kwargs):
     """Starts one of our scripts; under torchrun with so many processes, if given."""
-    launcher = [sys.executable]
-    if torchrun:
-        launcher += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={torchrun}']
     env = {**os.environ, 'OMP_NUM_THREADS': '1'} | kwargs.pop('env', {})
     def listen():  # to Ctrl-C, which what a shell runs in the background does not
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    return subprocess.Popen([*launcher, str(ROOT / script), *args], cwd=cwd, env=env, text=True, preexec_fn=listen,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+    return subprocess.Popen([sys.executable, *launcher(torchrun), str(ROOT / script), *args], cwd=cwd, env=env, text=True,
+                            preexec_fn=listen, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
 
-def run(script, *args, cwd, code=0, **kwargs):
+def launcher(torchrun):
+    return ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={torchrun}'] if torchrun else []
+
+
+def run(script, *args, cwd, code=0, torchrun=0, **kwargs):
     """Runs one of our scripts to its end, expects that exit code, and returns what it printed (stdout, stderr)."""
     if kwargs:
-        process = start(script, *args, cwd=cwd, **kwargs)
+        process = start(script, *args, cwd=cwd, torchrun=torchrun, **kwargs)
         out, err = process.communicate(timeout=300)
         returned = process.returncode
     else:
-        returned, out, err = starter().run([str(ROOT / script), *args], cwd)
+        returned, out, err = starter().run([*launcher(torchrun), str(ROOT / script), *args], cwd)
     assert returned == code, f'exit code {returned}\n{out}\n{err}'
     return out, err
 

@@ -2,8 +2,8 @@
 Starts our scripts without importing torch anew, which takes longer than what most tests have to run.
 
 This process imports it once. For each line of its standard input, a JSON object with `args` (the script and its arguments),
-`cwd`, `env`, `out` and `err` (paths), it forks: the child becomes that script, ends as any Python process does, and its exit
-code (as subprocess has it) is printed.
+`cwd`, `env`, `out` and `err` (paths), it forks: the child becomes that script (or, after -m, that module), ends as any Python
+process does, and its exit code (as subprocess has it) is printed.
 """
 
 import gc
@@ -34,5 +34,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.chdir(wanted['cwd'])
 os.environ.clear()
 os.environ.update(wanted['env'])
-sys.argv, sys.path[0] = wanted['args'], os.path.dirname(wanted['args'][0])
-runpy.run_path(sys.argv[0], run_name='__main__')
+if wanted['args'][0] == '-m':
+    sys.argv, sys.path[0] = wanted['args'][1:], os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)
+else:
+    sys.argv, sys.path[0] = wanted['args'], os.path.dirname(wanted['args'][0])
+    runpy.run_path(sys.argv[0], run_name='__main__')

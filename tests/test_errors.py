@@ -71,6 +71,11 @@ def test_a_batch_that_does_not_divide_over_the_processes(place):
             'make the product a multiple of 2') in err
 
 
+def test_a_backend_that_does_not_serve_the_device(place):
+    error = fails('train.py', *TINY, '--backend=nccl', cwd=place, env={'RANK': '0', 'WORLD_SIZE': '1'})
+    assert "backend='nccl' serves CUDA only, and device is cpu; use --backend=auto" in error
+
+
 def test_a_folder_that_holds_a_run_is_not_overwritten(place):
     run('train.py', *TINY, cwd=place)
     files = {path: path.read_bytes() for path in (place / 'out' / 'tiny').iterdir()}

@@ -1,5 +1,6 @@
 """The trainer: a killed run goes on as if nothing had been, two processes are one, and its records can be relied on."""
 
+import itertools
 import json
 import os
 import random
@@ -190,6 +191,22 @@ def test_a_branch_decays_from_the_stable_phase(place):
     assert 'branches' not in text and read_log(place / 'out' / 'tuned')[0]['iter'] == 0  # on other data it is a new run
 
 
+def test_what_training_is_told_is_felt(place):
+    """Each of these changes the weights, as the setting's name says; what is not read would leave them as they are."""
+    numbers = itertools.count()
+
+    def weights(*more):
+        folder = f'out/{next(numbers)}'
+        run('train.py', *TINY, '--max_iters=6', '--wsd_decay_iters=4', *more, f'--out_dir={folder}', cwd=place)
+        return checkpoint(place / folder)['model']['wte.weight']
+
+    plain = weights()
+    assert torch.equal(plain, weights())
+    for setting in ('beta1=0.5', 'beta2=0.9', 'grad_clip=0.01', 'weight_decay=1', 'wsd_decay=1-sqrt', 'min_lr=4e-3',
+                    'warmup_iters=4', 'init_std=0.03', 'seed=1'):
+        assert not torch.equal(plain, weights(f'--{setting}')), setting
+
+
 @pytest.mark.parametrize('how', [['--optimizer=muon', '--zero_init'], ['--optimizer=sgd', '--criterion=mse', '--n_layer=1'],
                                  ['--optimizer=adam', '--criterion=mae', '--checkpoint_activations']])
 def test_two_processes_equal_one_and_a_resume_is_exact_whatever_trains(place, how):
@@ -258,8 +275,9 @@ def test_compiled_equals_eager_or_says_why_not(place, tmp_path):
 
 def test_wandb_gets_the_log_and_its_absence_stops_nothing(place):
     pytest.importorskip('wandb')
-    run('train.py', *TINY, '--wandb_log', cwd=place)
-    assert list((place / 'out' / 'tiny' / 'wandb').glob('offline-run-*/*.wandb'))
+    run('train.py', *TINY, '--wandb_log', '--wandb_project=ours', '--wandb_run_name=this_one', cwd=place)
+    written, = (place / 'out' / 'tiny' / 'wandb').glob('offline-run-*/*.wandb')
+    assert b'ours' in written.read_bytes() and b'this_one' in written.read_bytes()
     nobody = {'WANDB_MODE': 'online', 'WANDB_BASE_URL': 'http://127.0.0.1:9', 'WANDB_API_KEY': 'x' * 40,
               'WANDB_INIT_TIMEOUT': '3', 'WANDB_HTTP_TIMEOUT': '1'}
     text, _ = run('train.py', *TINY, '--wandb_log', '--out_dir=out/alone', cwd=place, env=nobody)
