@@ -149,13 +149,14 @@ def _set(config, key, value, source, choices):
             near = difflib.get_close_matches(str(value), map(str, allowed), 1, 0.6)
             hint = f'; did you mean {near[0]}?' if near else ''
             raise UserError(f'{key}={value!r} ({source}): choose one of {", ".join(map(str, allowed))}{hint}')
-    elif isinstance(default, float) and type(value) is int and abs(value) < 2**64:
+    elif isinstance(default, float) and type(value) is int and abs(value) < 1e38:
         value = float(value)
     elif type(value) is not type(default):
         kind = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}[type(default)]
         raise UserError(f'{key}={value!r} ({source}): expected {kind}, such as {default!r}')
-    if type(value) in (int, float) and not abs(value) < 2**64:  # no number at all, infinite, or beyond what a machine can hold
-        raise UserError(f'{key}={value!r} ({source}): expected a number within -2**64 and 2**64, such as {default!r}')
+    most = 2**64 if type(value) is int else 1e38  # what a machine can hold; nor is it infinite, or no number at all
+    if type(value) in (int, float) and not abs(value) < most:
+        raise UserError(f'{key}={value!r} ({source}): expected a number within -{most:g} and {most:g}, such as {default!r}')
     config[key] = value
     config.source[key] = source
 

@@ -2,6 +2,7 @@
 A run's log as curves and figures: read, smoothed, drawn as a picture or in the terminal.
 """
 
+import io
 import itertools
 import math
 import os
@@ -12,6 +13,7 @@ import torch
 
 import checkpoint
 from configurator import UserError
+from files import write_whole
 from model import Transformer
 
 X_AXES = {'step': 'steps', 'tokens': 'tokens', 'time': 'hours', 'flops': 'FLOPs'}
@@ -20,30 +22,32 @@ MARKS = '*+x#@%&=~^'  # of runs in the terminal
 
 @dataclass
 class Run:
-    """A run's records, of training steps (`train`) and of evaluations (`val`), and the FLOPs of a token (0 = not known)."""
+    """A run's records, of training steps and of evaluations, the FLOPs of a token (0 = not known), and the unit of its loss."""
     name: str
     train: list
     val: list
     flops: float
+    unit: str
 
     def x(self, records, axis):
         """The records' places along an axis: steps, tokens, hours or FLOPs."""
-        if axis == 'flops':
-            return [record['tokens'] * self.flops for record in records]
-        return [record['iter'] if axis == 'step' else record['time'] / 3600 if axis == 'time' else record['tokens']
-                for record in records]
+        key = {'step': 'iter', 'time': 'time'}.get(axis, 'tokens')
+        scale = {'time': 1 / 3600, 'flops': self.flops}.get(axis, 1)
+        return [record[key] * scale for record in records]
 
 
 def read(folder, last_iter=math.inf):
-    """The run in a folder, up to a step. None if it has logged nothing; raises UserError for a log that is damaged."""
-    records = checkpoint.read_log(folder, last_iter)
+    """The run in a folder, up to a step. None if it has logged no loss; raises UserError for a log that is damaged."""
+    records = [{key: value for key, value in record.items() if math.isfinite(value)}
+               for record in checkpoint.read_log(folder, last_iter)]
     found = checkpoint.peek(os.path.join(folder, 'ckpt.pt'))
-    flops = 0.0
+    flops, unit = 0.0, 'nats per token'
     if found:
         with torch.device('meta'):
             flops = Transformer(checkpoint.model_config(found, folder)).flops_per_token()
-    train, val = ([record for record in records if key in record] for key in ('loss', 'val_loss'))
-    return Run(os.path.basename(os.path.normpath(folder)), train, val, flops) if train or val else None
+        unit = 'a pair of answers' if found['config'].get('stage') == 'dpo' else unit
+    train, val = ([record for record in records if {key, 'tokens', 'time'} <= record.keys()] for key in ('loss', 'val_loss'))
+    return Run(os.path.basename(os.path.normpath(folder)), train, val, flops, unit) if train or val else None
 
 
 def smooth(values, share):
@@ -61,12 +65,13 @@ def import_pyplot(wanted_by):
     """matplotlib's pyplot, drawing into files only. Raises UserError where it is missing."""
     try:
         import matplotlib
+        matplotlib.use('agg')
+        from matplotlib import pyplot
     except ImportError:
         raise UserError(f'{wanted_by} needs a package: pip install matplotlib') from None
-    matplotlib.use('agg')
-    from matplotlib import pyplot
     pyplot.rcParams |= {'axes.grid': True, 'grid.alpha': 0.3, 'axes.spines.top': False, 'axes.spines.right': False,
-                        'legend.frameon': False, 'savefig.dpi': 120, 'svg.fonttype': 'none'}
+                        'legend.frameon': False, 'savefig.dpi': 120, 'svg.fonttype': 'none',
+                        'text.parse_math': False}
     return pyplot
 
 
@@ -75,9 +80,10 @@ def save(figure, path):
     kind = os.path.splitext(path)[1][1:].lower()
     if kind not in figure.canvas.get_supported_filetypes():
         raise UserError(f"'{path}': a picture's name ends with .png or .svg")
+    picture = io.BytesIO()
+    figure.savefig(picture, format=kind)
     try:
-        figure.savefig(f'{path}.tmp', format=kind)
-        os.replace(f'{path}.tmp', path)
+        write_whole(path, picture.getvalue())
     except OSError as e:
         raise UserError(f"'{path}' cannot be written ({e.strerror})") from None
 
@@ -94,9 +100,9 @@ def draw(runs, path, axis='tokens', share=0.04):
     (losses, norms), (rates, speeds) = panels
     for i, run in enumerate(runs):
         color, x = f'C{i % 10}', run.x(run.train, axis)
-        label = run.name if len(runs) > 1 else 'training'
+        label = f' {run.name}' if len(runs) > 1 else 'training'  # what begins with _ would have no legend
         for panel, key in ((losses, 'loss'), (norms, 'grad_norm'), (speeds, 'tok_per_sec')):
-            here = [(at, record[key]) for at, record in zip(x, run.train) if key in record]
+            here = [(at, record[key]) for at, record in zip(x, run.train) if record.get(key, 0) > 0]  # logarithms know no 0
             if here:
                 at, values = zip(*here)
                 panel.plot(at, values, color=color, alpha=0.25, linewidth=0.8)
@@ -105,7 +111,8 @@ def draw(runs, path, axis='tokens', share=0.04):
         losses.plot(run.x(run.val, axis), [record['val_loss'] for record in run.val], color=color if len(runs) > 1 else 'C1',
                     marker='o', markersize=4, linewidth=1, linestyle='--',
                     label='validation' if run.val and len(runs) == 1 else None)
-    losses.set(title='loss, nats per token (faint: single steps; dots: validation)')
+    units = ' or '.join(dict.fromkeys(run.unit for run in runs))
+    losses.set(title=f'loss, {units} (faint: single steps; dots: validation)')
     norms.set(title='norm of the gradient', yscale='log')
     for panel in (rates, speeds):
         if axis != 'time':
@@ -145,7 +152,7 @@ def draw_text(runs, axis='tokens', share=0.04, width=76, height=20):
     ends = f'{left:,.4g}', f'{right:,.4g} {X_AXES[axis]}'
     legend = [f'{mark} {run.name}' for run, mark in zip(runs, MARKS * (len(runs) // len(MARKS) + 1))]
     return '\n'.join([*lines, ' ' * 9 + '-' * (width + 1), ' ' * 10 + ends[0] + ends[1].rjust(width - len(ends[0])),
-                      ' ' * 10 + 'loss, nats per token: ' + ', '.join(legend) + ', o validation'])
+                      ' ' * 10 + f'loss, {runs[0].unit}: ' + ', '.join(legend) + ', o validation'])
 
 
 def figures(runs):

@@ -15,13 +15,16 @@ import torch
 
 from configurator import UserError
 
-# Peak dense FLOP/s in bf16 (fp16 where a card has no bf16, fp32 of Apple's chips) and bytes of memory (of the smallest that is
-# sold), from the makers' data sheets, by a part of the device's name; the first match counts.
+# By a part of the device's name, of which the first match counts, from the makers' data sheets: peak dense FLOP/s, bytes of
+# memory (of the smallest that is sold), and the precision of that peak, in which training computes there.
 DEVICES = {
-    'B200': (2250e12, 180e9), 'H200': (989e12, 141e9), 'H100 PCIe': (756e12, 80e9), 'H100': (989e12, 80e9),
-    'A100': (312e12, 40e9), 'A10G': (70e12, 24e9), 'A10': (125e12, 24e9), 'L40S': (362e12, 48e9), 'L40': (181e12, 48e9),
-    'L4': (121e12, 24e9), 'T4': (65e12, 16e9), 'V100': (125e12, 16e9), 'RTX 4090': (165e12, 24e9), 'RTX 3090': (71e12, 24e9),
-    'M1 Ultra': (21e12, 64e9), 'M1 Max': (10.4e12, 32e9), 'M1 Pro': (5.2e12, 16e9), 'M1': (2.6e12, 8e9), 'M2': (3.6e12, 8e9),
+    'B200': (2250e12, 180e9, 'bfloat16'), 'H200': (989e12, 141e9, 'bfloat16'), 'H100 PCIe': (756e12, 80e9, 'bfloat16'),
+    'H100': (989e12, 80e9, 'bfloat16'), 'A100': (312e12, 40e9, 'bfloat16'), 'A10G': (70e12, 24e9, 'bfloat16'),
+    'A10': (125e12, 24e9, 'bfloat16'), 'L40S': (362e12, 48e9, 'bfloat16'), 'L40': (181e12, 48e9, 'bfloat16'),
+    'L4': (121e12, 24e9, 'bfloat16'), 'RTX 4090': (165e12, 24e9, 'bfloat16'), 'RTX 3090': (71e12, 24e9, 'bfloat16'),
+    'T4': (65e12, 16e9, 'float16'), 'V100': (125e12, 16e9, 'float16'),
+    'M1 Ultra': (21e12, 64e9, 'float32'), 'M1 Max': (10.4e12, 32e9, 'float32'), 'M1 Pro': (5.2e12, 16e9, 'float32'),
+    'M1': (2.6e12, 8e9, 'float32'), 'M2': (3.6e12, 8e9, 'float32'),
 }
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -131,6 +134,14 @@ def memory_limit(device):
     return available // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) + peak_memory(device, reset=True)
 
 
+def memory_there(device):
+    """Bytes that a process may use on `device`; where that is not known, all that the machine has."""
+    try:
+        return memory_limit(device)
+    except UserError:
+        return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+
+
 def most_that_fit(sizes, run, device, reserve):
     """
     The largest of `sizes` (ascending, from 1) whose `run(size)` leaves `reserve` bytes free: by what sizes 1 and 2 take,
@@ -169,7 +180,7 @@ def peak_flops(device):
     if device == 'cpu':
         return None
     name = device_name(device)
-    return next((flops for part, (flops, _) in DEVICES.items() if re.search(rf'\b{part}\b', name)), None)
+    return next((flops for part, (flops, *_) in DEVICES.items() if re.search(rf'\b{part}\b', name)), None)
 
 
 def product_rate(device, dtype):

@@ -17,9 +17,9 @@ from configurator import UserError, configure
 # ---- the machine
 device_name = ''  # a10g, h100, ...: the device; here = this machine, measured; '' = a table of all that are known
 devices = 1  # how many of them
-mfu = 0.0  # share of the device's peak that training uses; 0 = 0.35, an assumption, or for a config file and 'here', measured
+mfu = 0.0  # share of the device's peak that training uses; 0 = 0.35, an assumption (a run planned for 'here' is measured)
 price = 0.0  # dollars that a device costs in an hour
-device_memory = 0.0  # its memory in GB, where it is not what the table says
+device_memory = 0.0  # its memory in GB, where it is not the table's: A100s and V100s are sold in two sizes
 seconds = 10.0  # that measuring takes, about
 # ---- the best model for a budget, given as one of these
 flops = 0.0  # floating-point operations; 1 PFLOP = 1e15
@@ -39,9 +39,11 @@ import glob
 import math
 import os
 import re
+import statistics
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 import checkpoint
@@ -50,7 +52,7 @@ import rows
 import scaling
 from curves import columns, import_pyplot, save
 from dataset import folder_of, parse_mix, read_meta
-from device import DEVICES, autocast, memory_limit, pick_device, pick_dtype, product_rate, set_up, synchronize
+from device import DEVICES, autocast, memory_there, not_compiled, pick_device, pick_dtype, product_rate, set_up, synchronize
 from device import device_name as name_of
 from files import write_whole
 from model import Transformer
@@ -79,9 +81,8 @@ def vocabulary():
         kind = (re.findall(r"^tokenizer = '(.*)'", text, re.M) or [''])[0]
     size = {'bytes': 257, 'gpt2': 50257}.get(kind) or kind.startswith('bpe:') and int(kind[4:])
     if not size:
-        before = f", or the recipe of init_from='{run.init_from}' before this one" * (run.init_from != 'scratch')
         raise UserError(f"vocab_size=0 takes the vocabulary of dataset='{run.dataset}', which is not prepared here; give a "
-                        f'number{before}')
+                        'number')
     return size
 
 
@@ -100,75 +101,83 @@ def build(settings, vocab_size):
 
 
 def planned_model():
-    """The model that is trained: of `init_from`, if that is there already or on the hub, else of the settings."""
+    """The model that is trained, and the steps that it has behind it: of `init_from` if that is there, else of the settings."""
     name = run.init_from.removeprefix('auto:')
-    if name in ('scratch', 'auto') or not os.path.exists(name) and name.endswith('.pt'):
-        return build(config, vocabulary())
+    if name in ('scratch', 'auto'):
+        return build(config, vocabulary()), 0
+    if not os.path.exists(name) and name.endswith('.pt'):
+        if config.source['n_layer'] == 'default':
+            raise UserError(f"init_from='{run.init_from}' is not there yet, and the settings do not say its shape; name the "
+                            'recipe that trains it before this one: plan.py config/BASE.py config/THIS.py')
+        return build(config, vocabulary()), 0
     loaded = checkpoint.load_any(run.out_dir if name == 'resume' else name)
-    if config.source['block_size'] == 'default':
-        run.block_size = loaded['config']['block_size']
-    return build(loaded['model_config'] | {'block_size': run.block_size}, loaded['model_config']['vocab_size'])
+    for key, value in loaded['config'].items():  # what is not said anew is as it was
+        if config.source.get(key) == 'default' and (name == 'resume' or key == 'block_size'):
+            setattr(run, key, value)
+    shape = loaded['model_config'] | {'block_size': run.block_size}
+    return build(shape, shape['vocab_size']), loaded['iter'] if name == 'resume' else 0
 
 
 def tokens_per_step():
     return run.batch_size * run.gradient_accumulation_steps * run.block_size * rows.sides(run.stage)
 
 
-def work_of(model):
-    """(tokens that are trained on, tokens that evaluations read, FLOPs of both: without a backward pass it is a third)."""
-    evaluations = run.max_iters // run.eval_interval + 1 + (run.max_iters % run.eval_interval > 0)
-    trained = run.max_iters * tokens_per_step()
-    evaluated = evaluations * run.eval_iters * run.batch_size * run.block_size
-    return trained, evaluated, model.flops_per_token() * (trained + evaluated / 3)
+def tokens_to_come(done):
+    """Tokens that are trained on after `done` steps, and tokens that evaluations read, of each data set."""
+    evaluations = len({*range(done, run.max_iters, run.eval_interval), run.max_iters})
+    evaluated = run.eval_iters * run.batch_size * run.block_size * rows.sides(run.stage) * len(parse_mix(run.dataset)[0])
+    return max(run.max_iters - done, 0) * tokens_per_step(), evaluations * evaluated
 
 
-def micro_batch():
-    """Windows of a micro-batch, as train.py cuts them."""
+def memory_on(model, dtype, room, on_cpu=False):
+    """(windows of a micro-batch as train.py cuts a step; bytes by part). batch_size=auto: the largest that fits into `room`."""
     total = run.batch_size * run.gradient_accumulation_steps
     if total % devices:
         raise UserError(f'devices={devices} cannot share a step of {total} windows (batch_size * gradient_accumulation_steps); '
                         f'choose a product that is a multiple of {devices}')
-    share = total // devices
-    return next(n for n in range(min(run.batch_size, share), 0, -1) if share % n == 0)
-
-
-def memory_on(model, dtype, on_cpu):
-    return costs.memory(model, micro_batch() * rows.sides(run.stage), dtype, run.optimizer, on_cpu,
-                        run.checkpoint_activations, devices if run.fsdp else 1)
+    share, auto = total // devices, 'batch_size' in config.auto
+    for windows in range(share if auto else min(run.batch_size, share), 0, -1):
+        if share % windows == 0:
+            parts = costs.memory(model, windows * rows.sides(run.stage), dtype, run.optimizer, on_cpu,
+                                 run.checkpoint_activations, devices if run.fsdp else 1, masked=run.stage != 'pretrain')
+            if not auto or fits(parts, room):
+                break
+    return windows, parts
 
 
 def describe():
     """Prints what the run is, and what it takes where."""
-    model, data = planned_model(), data_at_hand()
+    device = find_device(device_name) if device_name else None  # first of all, as it may be misspelt
+    (model, done), data = planned_model(), data_at_hand()
     n, c = model.count_parameters(), model.config
-    trained, evaluated, work = work_of(model)
+    trained, evaluated = tokens_to_come(done)
+    work = model.flops_per_token() * (trained + evaluated / 3)  # an evaluation has no backward pass, two thirds of the work
     outside = sum(p.numel() for name, p in model.named_parameters() if name.startswith(('wte', 'positions', 'lm_head')))
     print(f'model: {n:,} parameters, {outside:,} of them embeddings, {n - outside:,} not ({in_layers(c)}, '
           f'vocabulary {c.vocab_size:,}, context {c.block_size:,})')
-    print(f'tokens: {run.max_iters:,} steps of {tokens_per_step():,} = {trained:,}, {trained / n:.1f} per parameter; ' +
+    print(f'tokens: {run.max_iters - done:,} steps of {tokens_per_step():,} = {trained:,}, {trained / n:.1f} per parameter; ' +
           (f'the data ({run.dataset}) is not prepared here' if data is None else
            f'{max(trained * w / d for w, d in zip(parse_mix(run.dataset)[1], data)):.2f} epochs of {sum(data):,}'))
     print(f'work: {model.flops_per_token():,} FLOPs a token (6 N + 12 layers x width x context), {work:.3g} in all')
-    if trained and run.stage == 'pretrain' and run.init_from in ('scratch', 'auto'):
+    if work > 1e15 and run.stage == 'pretrain' and run.init_from in ('scratch', 'auto'):  # the law was not fitted on toys
         best_n, best_d = scaling.LAWS['besiroglu'].optimum(6 * n * trained)
-        print(f'for as much work the best is {short(best_n)} parameters on {short(best_d)} tokens '
-              f'({difference(scaling.LAWS["besiroglu"], n, trained)} loss; Besiroglu et al. 2024)')
-    dtype = '16 bits' if run.dtype == 'auto' else run.dtype
-    if device_name != 'here':
-        parts = memory_on(model, dtype, on_cpu=False)
-        print(memory_line(parts, dtype))
-    optimizer = costs.memory(model, 1, dtype, run.optimizer, False).get('optimizer', 0)
+        print(f'the best use of that work: {short(best_n)} parameters on {short(best_d)} tokens, for a loss '
+              f'{difference(n, trained)} by a scaling law (Besiroglu et al. 2024)')
+    optimizer = costs.memory(model, 1, 'float32', run.optimizer, on_cpu=False).get('optimizer', 0)
     print(f'checkpoint: {costs.short(4 * n + optimizer)}B, {run.keep_last} of them and the best are kept')
     if device_name == 'here':
-        here(model)
-    elif device_name:
-        print(on_device(device_name, parts, work))
+        here(model, trained, evaluated)
+    elif device:
+        print(memory_line(model, device))
+        print(verdict(model, device, work))
     else:
-        table = [('device', 'TFLOP/s', 'GB', 'fits', f'time at {mfu or USUAL_MFU:.0%} MFU' + f' on {devices}' * (devices > 1))]
-        for name, (peak, room) in DEVICES.items():
-            own = memory_on(model, 'float32', on_cpu=False) if name[0] == 'M' and run.dtype == 'auto' else parts  # Apple's
-            table.append((name, f'{peak / 1e12:.3g}', f'{room / 1e9:.0f}', 'yes' if fits(own, room) else 'no',
-                         duration(work / (peak * devices * (mfu or USUAL_MFU)))))
+        print(memory_line(model, find_device('A100')))
+        on_all = f' on {devices}' * (devices > 1)
+        table = [('device', 'TFLOP/s', 'GB', 'precision', 'fits', f'time at {percent()} MFU{on_all}')]
+        for device in map(find_device, DEVICES):
+            _, parts = memory_on(model, device.dtype, device.room)
+            table.append((device.name, f'{device.peak / 1e12:,.4g}', f'{device.room / 1e9:.0f}', device.dtype,
+                          'yes' if fits(parts, device.room) else 'no', duration(seconds_on(device, work))))
         print(columns(table))
 
 
@@ -176,46 +185,53 @@ def in_layers(shape):
     return f'{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide'
 
 
-def memory_line(parts, dtype):
-    return (f'memory: {costs.in_words(parts)}; micro-batches of {micro_batch()} x {run.block_size} tokens, {dtype}, '
-            f'{run.optimizer}')
+def memory_line(model, device):
+    windows, parts = memory_on(model, device.dtype, device.room, device.on_cpu)
+    return f'memory: {costs.in_words(parts)}; {windows} x {run.block_size} tokens at once, {device.dtype}, {run.optimizer}'
 
 
-def on_device(name, parts, work):
-    """The line on a device of the table."""
-    name, peak, room = find_device(name)
-    used = mfu or USUAL_MFU
-    verdict = 'fits' if fits(parts, room) else \
-        'does not fit: a smaller batch_size with more gradient_accumulation_steps, or --checkpoint_activations'
-    return (f'{devices} x {name}, {peak / 1e12:.3g} TFLOP/s, {room / 1e9:.0f} GB: {verdict}; ' +
-            time_and_money(work / (peak * devices * used)) + f' at an MFU of {used:.0%}' + ', assumed' * (not mfu))
+def verdict(model, device, work):
+    """Whether the run fits on a device of the table, how long it takes there, and for how much."""
+    _, parts = memory_on(model, device.dtype, device.room)
+    of = DEVICES[device.name][2]
+    return (f'{devices} x {device.name}, {device.peak / 1e12:,.4g} TFLOP/s, {device.room / 1e9:.3g} GB: '
+            f'{fitting(parts, device.room)}; {time_and_money(seconds_on(device, work))}, with an MFU of {percent()}' +
+            ', assumed' * (not mfu) + f'; its peak is that of {of}, not of {device.dtype}' * (of != device.dtype))
 
 
-def here(model):
+def seconds_on(device, work):
+    return work / (device.peak * devices * (mfu or USUAL_MFU))
+
+
+def fitting(parts, room):
+    return 'fits' if fits(parts, room) else \
+        'does not fit (try a smaller batch_size with more gradient_accumulation_steps, or --checkpoint_activations)'
+
+
+def here(model, trained, evaluated):
     """Measures training on this machine, and prints what the run takes here."""
-    device = pick_device(run.device)
-    dtype = pick_dtype(run.dtype, device)
-    trained, evaluated, _ = work_of(model)
-    rate, evaluation_rate, windows = measure(model.config, device, dtype)
-    parts = memory_on(model, dtype, device == 'cpu')
-    print(memory_line(parts, dtype))
-    room = device_memory * 1e9 or memory_limit(device)
-    print(f'here, {name_of(device)}, {room / 1e9:.0f} GB: {"fits" if fits(parts, room) else "does not fit"}; '
-          f'{time_and_money((trained / rate + evaluated / evaluation_rate) / devices)} at {rate:,.0f} tokens a second, measured '
-          f'({windows} x {run.block_size} tokens at once)')
+    device = find_device('here')
+    windows, parts = memory_on(model, device.dtype, device.room, device.on_cpu)
+    print(memory_line(model, device))
+    words = f'{device.name}, {device.room / 1e9:.0f} GB: {fitting(parts, device.room)}'
+    if fits(parts, device.room):
+        rate, evaluation_rate, measured = measure(model.config, windows, device.dtype)
+        took = (trained / rate + evaluated / evaluation_rate) / devices
+        words += (f'; {time_and_money(took)} at {rate:,.0f} tokens a second, measured ({measured} x {run.block_size} at once)')
+    print(words)
 
 
-def measure(shape, device, dtype):
+def measure(shape, most_windows, dtype):
     """
     Trains a model of that shape on random tokens for some `seconds` → tokens per second of training and of evaluating, and how
     many windows of a micro-batch there was time for.
     """
-    set_up(device)
+    device = pick_device(run.device)
     torch.manual_seed(0)
-    model = Transformer(shape).to(device)
+    model = forward = Transformer(shape).to(device)
     model.checkpoint_activations = run.checkpoint_activations
-    compiled = device.startswith('cuda') if run.compile == 'auto' else run.compile
-    forward = torch.compile(model, dynamic=False) if compiled else model
+    if device.startswith('cuda') if run.compile == 'auto' else run.compile:
+        forward = torch.compile(model, dynamic=False)
     opt = make_optimizer(run.optimizer, model, run.learning_rate, run.beta1, run.beta2, run.momentum, run.weight_decay, device)
 
     def took(work):
@@ -241,48 +257,65 @@ def measure(shape, device, dtype):
             forward(idx, idx)
 
     windows = 1
-    while True:  # as many as a micro-batch has, if there is time for some of them
+    while True:  # as many as a micro-batch has, if there is time for ten of them
         idx = torch.randint(shape.vocab_size, (windows, shape.block_size), device=device)
+        try:
+            gradient()  # warms up; compiles
+        except Exception as e:  # of any kind
+            if forward is model or isinstance(e, torch.OutOfMemoryError):
+                raise
+            print(not_compiled(e))
+            forward = model
         once = took(gradient)
-        if windows == micro_batch() or once * 10 > seconds:
+        if windows == most_windows or once * 10 > seconds:
             break
-        windows = min(micro_batch(), max(windows + 1, int(windows * min(seconds / 10 / once, 8))))
-    gradients, steps, evaluations, began = [], [took(optimize)], [], time.perf_counter()
-    while time.perf_counter() - began < 0.6 * seconds or len(gradients) < 2:
-        gradients.append(took(gradient))
-        steps.append(took(optimize))
-        if len(evaluations) < 3 or sum(evaluations) < sum(gradients) / 5:
-            evaluations.append(took(evaluate))
-    tokens, median = windows * shape.block_size, lambda values: sorted(values)[len(values) // 2]
+        windows = min(most_windows, max(windows + 1, int(windows * min(seconds / 10 / once, 8))))
+    for work in (optimize, evaluate):
+        work()
+    times, began = {gradient: [], optimize: [], evaluate: []}, time.perf_counter()
+    while time.perf_counter() - began < seconds / 2 or len(times[gradient]) < 2:
+        for work in (gradient, optimize) + (evaluate,) * (len(times[evaluate]) < 3):
+            times[work].append(took(work))
+    each, tokens = {work: statistics.median(values) for work, values in times.items()}, windows * shape.block_size
     rounds = tokens_per_step() / devices / tokens  # micro-batches of a step
-    return tokens * rounds / (median(gradients) * rounds + median(steps)), tokens / median(evaluations), windows
+    return tokens * rounds / (each[gradient] * rounds + each[optimize]), tokens / each[evaluate], windows
 
 
 def find_device(name):
-    """(its name, FLOP/s, bytes) of a device in the table. Raises UserError for another."""
+    """
+    A device's `name`, `peak` FLOP/s, `room` for tensors in bytes, the `dtype` that training takes there, and whether it is
+    `on_cpu`. Raises UserError for one that is not known.
+    """
     def plain(text):
         return re.sub('[^a-z0-9]|rtx', '', text.lower())
 
     if name == 'here':
         device = pick_device(run.device)
-        return f'this {name_of(device)}', product_rate(device, pick_dtype(run.dtype, device)), \
-            device_memory * 1e9 or memory_limit(device)
+        set_up(device)
+        dtype = pick_dtype(run.dtype, device)
+        return SimpleNamespace(name=f'here, {name_of(device)}', peak=product_rate(device, dtype), dtype=dtype,
+                               on_cpu=device == 'cpu', room=device_memory * 1e9 or memory_there(device))
     found = next((known for known in DEVICES if plain(known) == plain(name)), None)
     if not found:
         near = difflib.get_close_matches(plain(name), map(plain, DEVICES), 1, 0.5)
         hint = f'; did you mean {near[0]}?' if near else ''
         raise UserError(f"device_name='{name}' is none of {', '.join(DEVICES)}, here{hint}")
-    peak, room = DEVICES[found]
-    return found, peak, device_memory * 1e9 or room
+    peak, room, dtype = DEVICES[found]
+    return SimpleNamespace(name=found, peak=peak, room=device_memory * 1e9 or room, on_cpu=False,
+                           dtype=dtype if run.dtype == 'auto' else run.dtype)
 
 
 def fits(parts, room):
     return sum(parts.values()) <= HEADROOM * room
 
 
+def percent():
+    return f'{100 * (mfu or USUAL_MFU):.3g}%'
+
+
 def time_and_money(took):
     """Seconds in words, with what they cost."""
-    return duration(took) + (f', ${took / 3600 * price * devices:,.2f} at ${price:g} an hour' +
+    return duration(took) + (f', ${took / 3600 * price * devices:,.2f} for ${price:g} an hour' +
                              ' each' * (devices > 1) if price else '')
 
 
@@ -299,8 +332,9 @@ def short(number):
     return costs.short(number, 'kMBT')
 
 
-def difference(of, n, d):
-    """'0.123 lower': how much lower the loss of the best N and D for the same work is, by a law."""
+def difference(n, d):
+    """'0.123 lower': how much lower the loss of the best N and D for the same work is, by the corrected law."""
+    of = scaling.LAWS['besiroglu']
     return f'{of.loss(n, d) - of.loss(*of.optimum(6 * n * d)):.3f} lower'
 
 
@@ -312,136 +346,156 @@ def budget():
     if len(given) > 1:
         raise UserError(f'{" and ".join(given)} are budgets, of which one is enough; leave the others out')
     if flops:
-        return flops, f'{flops:.3g} FLOPs'
-    if not device_name or dollars and not price:
+        bought, words = flops, f'{flops:.3g} FLOPs'
+    elif not device_name or dollars and not price:
         raise UserError(f'{given[0]}={config[given[0]]:g} needs a --device_name' +
                         ' and a --price in dollars an hour' * bool(dollars))
-    took = (hours or dollars / price / devices) * 3600
-    name, peak, _ = find_device(device_name)
-    bought = took * peak * devices * (mfu or USUAL_MFU)
-    return bought, (f'{bought:.3g} FLOPs: {time_and_money(took)} on {devices} x {name}, {peak / 1e12:.3g} TFLOP/s, at an MFU '
-                    f'of {mfu or USUAL_MFU:.0%}' + ', assumed' * (not mfu))
+    else:
+        took, device = (hours or dollars / price / devices) * 3600, find_device(device_name)
+        bought = took * device.peak * devices * (mfu or USUAL_MFU)
+        words = (f'{bought:.3g} FLOPs: {time_and_money(took)}, on {devices} x {device.name}, {device.peak / 1e12:,.4g} '
+                 f'TFLOP/s, with an MFU of {percent()}' + ', assumed' * (not mfu))
+    if not 1e9 <= bought <= 1e26:
+        raise UserError(f'the budget is {bought:.3g} FLOPs, ' + (
+            'too few to train anything' if bought < 1e9 else 'beyond any model of these shapes') + '; 1 PFLOP is 1e15')
+    return bought, words
 
 
-def nearest_shape(target):
+def like_the_settings():
     """
-    The settings of a model of about `target` parameters: an even number of layers, heads of 64 channels (32 where it is
+    Settings of the models to choose from: those given; those of the runs that a law was fitted to; and else GPT-2's vocabulary
+    and context, as train.py's defaults are for bytes.
+    """
+    usual = {'vocab_size': 50304, 'block_size': 1024, 'n_kv_head': 0, 'dataset': 'fineweb_edu'}
+    if config.source['dataset'] != 'default':
+        usual |= {'vocab_size': vocabulary(), 'dataset': run.dataset}
+    if law == 'fit':
+        usual = {key: fitted_runs[0].config[key] for key in usual} | {'vocab_size': fitted_runs[0].vocab_size}
+    settings = config | {key: value for key, value in usual.items() if config.source[key] == 'default'}
+    settings['vocab_size'] = settings['vocab_size'] or usual['vocab_size']
+    checkpoint.shape_of(settings, settings['vocab_size'])  # which may be wrong
+    return settings
+
+
+def nearest_shape(settings, target):
+    """
+    The model like the settings' of about `target` parameters: an even number of layers, heads of 64 channels (32 where it is
     narrower than 256), widths in multiples of 64 (128 from 512 on), and about 64 channels for each layer, as GPT-2 small.
     """
-    best = None
-    for width in (*range(64, 512, 64), *range(512, 8193, 128)):
+    groups = max(settings['n_head'] // (settings['n_kv_head'] or settings['n_head']), 1)
+    found = []
+    for width in (*range(64, 512, 64), *range(512, 16385, 128)):
         heads = width // (64 if width >= 256 else 32)
-        shape = {'n_embd': width, 'n_head': heads, 'n_kv_head': heads // kv_groups if heads % kv_groups == 0 else heads,
-                 'n_inner': 0}
-        base, one = (build_like(shape | {'n_layer': layers}).count_parameters() for layers in (1, 2))
-        for layers in {max(2, 2 * round((target - base) / (one - base) / 2 + more)) for more in (0, 0.5)}:
-            size = base + (layers - 1) * (one - base)
-            miss = abs(math.log(size / target)) + 0.2 * abs(math.log(width / layers / 64))
-            if best is None or miss < best[0]:
-                best = miss, shape | {'n_layer': layers}
-        if base > 4 * target:
+        kv_heads = heads // groups if heads % groups == 0 else heads
+        shape = settings | {'n_embd': width, 'n_head': heads, 'n_kv_head': kv_heads, 'n_inner': 0}
+        one, two = (build(shape | {'n_layer': n}, shape['vocab_size']).count_parameters() for n in (1, 2))
+        more = 2 * round((target - one) / (two - one) / 2 + 0.5)
+        for layers in {max(2, more), max(2, more - 2)}:
+            miss = abs(math.log((one + (layers - 1) * (two - one)) / target)) + 0.2 * abs(math.log(width / layers / 64))
+            found.append((miss, width, shape | {'n_layer': layers}))
+        if one > 4 * target:
             break
-    return best[1]
-
-
-def build_like(shape):
-    return build(settings | shape, settings['vocab_size'])
+    return build(min(found, key=lambda each: each[:2])[2], settings['vocab_size'])
 
 
 def choose():
     """Prints the best models for a budget by each law, and writes and draws what is wanted of them."""
     work, words = budget()
-    if work < 1e9:
-        raise UserError(f'the budget is {work:g} FLOPs, which trains nothing; 1 PFLOP is 1e15')
+    settings = like_the_settings()
     print(words)
-    table = [('law', 'parameters', 'tokens', 'each', 'loss', 'nearest shape', 'its size', 'its tokens')]
+    table, chosen = [('law', 'parameters', 'tokens', 'each', 'loss', 'nearest shape', 'its size', 'its tokens')], None
     for name, of in laws.items():
+        if name == 'fit' != law:
+            continue
         n, d = of.optimum(work)
-        shape = nearest_shape(n)
-        model = build_like(shape)
+        model = nearest_shape(settings, n)
         table.append((name, short(n), short(d), f'{d / n:.1f}', f'{of.loss(n, d):.3f}', in_layers(model.config),
                       short(model.count_parameters()), short(work / model.flops_per_token())))
         if name == law:
             chosen = model
+            too_many = model.count_parameters() > 1.3 * n
     print(columns(table))
     print('(each: tokens per parameter; a loss is of the text and the tokenizer that the law was fitted on)')
-    n = laws[law].optimum(work)[0]
-    if chosen.count_parameters() > 1.3 * n:
-        print(f'note: {short(n)} parameters are too few for a vocabulary of {settings["vocab_size"]:,}; a BPE of your own can '
-              'be smaller: --vocab_size=4096')
-    print(far_off())
+    if too_many:
+        print(f'note: the best size is too small for a vocabulary of {settings["vocab_size"]:,}; a BPE of your own can be '
+              'smaller: --vocab_size=4096')
+    if law != 'fit':
+        print(columns(far_off()))
     if write:
-        write_config(work, words, chosen)
+        write_config(work, words, settings, chosen)
     if plot:
         draw_budgets(work)
 
 
 def far_off():
-    """How far published models are from the best use of the computation that they took."""
-    table = [('model', 'parameters', 'tokens', 'each', 'FLOPs', 'best parameters', 'best tokens', 'best loss')]
-    of = laws[law]
+    """How far published models are from the best use of the computation that they took, by the corrected law."""
+    table = [('model', 'parameters', 'tokens', 'each', 'FLOPs', 'best: parameters', 'tokens', 'loss')]
     for name, (n, d) in PUBLISHED.items():
-        best = of.optimum(6 * n * d)
-        table.append((name, short(n), short(d), f'{d / n:,.0f}', f'{6 * n * d:.2g}', *map(short, best), difference(of, n, d)))
-    return columns(table)
+        best = scaling.LAWS['besiroglu'].optimum(6 * n * d)
+        table.append((name, short(n), short(d), f'{d / n:,.0f}', f'{6 * n * d:.2g}', *map(short, best), difference(n, d)))
+    return table
 
 
 CONFIG = '''\
 """
-{parameters} parameters on {tokens} tokens, the best use of {work} FLOPs by a scaling law ({law}).
+{parameters} parameters on {tokens} tokens, the best use of {work:.3g} FLOPs by a scaling law ({law}).
 
-{prepare}    python train.py {path}
+{prepare}    {launch} train.py {path}
 
 Written by plan.py for {words}.
 Learning rate and batch are those of DeepSeek LLM's law (Bi et al. 2024, section 3.1), which was fitted from 1e17 FLOPs on.
 """
-out_dir = 'out/{name}'
-dataset = '{dataset}'
+out_dir = {out_dir!r}
+dataset = {dataset!r}
 eval_interval = {often}
 sample_interval = {at_times}
 
-block_size = {block_size}
 batch_size = {batch_size}
-gradient_accumulation_steps = {accumulation}  # {step} tokens a step
+gradient_accumulation_steps = {accumulation}  # {step:,} tokens a step
 
-vocab_size = {vocab_size}
 {shape}
 
-learning_rate = {learning_rate}
+optimizer = {optimizer!r}
+learning_rate = {learning_rate:.2g}
 schedule = 'wsd'
 warmup_iters = {warmup}
-max_iters = {steps}
+max_iters = {steps:_}
 weight_decay = 0.1
 beta2 = 0.95
 '''
 
 
-def write_config(work, words, model):
+def write_config(work, words, settings, model):
     """Writes a recipe for train.py, with the largest micro-batch that fits (without a device, into 24 GB)."""
     if os.path.exists(write):
         raise UserError(f"write='{write}' is there already; choose another, or remove it")
     if not write.endswith('.py') or not os.path.isdir(os.path.dirname(write) or '.'):
         raise UserError(f"write='{write}' is no name for a Python file in a folder that is there, such as config/mine.py")
     c, tokens = model.config, work / model.flops_per_token()
-    batch = 0.2920 * work ** 0.3271 / c.block_size  # windows
-    room = find_device(device_name)[2] if device_name else 24e9
-    windows = 2 ** math.floor(math.log2(max(batch, 1)))
-    while windows > 1 and not fits(costs.memory(model, windows, 'bfloat16', 'adamw', False), room):
+    device = find_device(device_name or 'A10G')
+    wanted = 0.2920 * work ** 0.3271 / c.block_size / devices  # windows that each device has of a step
+    windows = 2 ** math.floor(math.log2(max(wanted, 1)))
+    while windows > 1 and not fits(costs.memory(model, windows, device.dtype, run.optimizer, device.on_cpu), device.room):
         windows //= 2
-    accumulation = max(round(batch / windows), 1)
+    accumulation = devices * max(round(wanted / windows), 1)
     steps = max(round(tokens / (windows * accumulation * c.block_size)), 1)
-    name = os.path.splitext(os.path.basename(write))[0]
-    dataset = run.dataset if config.source['dataset'] != 'default' else 'fineweb_edu'
-    keys = ['n_layer', 'n_head', 'n_kv_head', 'n_embd', 'n_inner', 'norm', 'mlp', 'pos', 'bias', 'tie_weights']
-    write_whole(write, CONFIG.format(
-        parameters=short(model.count_parameters()), tokens=short(tokens), work=f'{work:.3g}', path=write, words=words, law=law,
-        prepare=f'    python prepare.py data/{dataset}.py\n' * os.path.exists(f'data/{dataset}.py'),
-        name=name, dataset=dataset, block_size=c.block_size, vocab_size=c.vocab_size,
-        batch_size=windows, accumulation=accumulation, step=f'{windows * accumulation * c.block_size:,}',
-        shape='\n'.join(f'{key} = {getattr(c, key)!r}' for key in keys), learning_rate=f'{0.3118 * work ** -0.1250:.2g}',
-        steps=f'{steps:_}', warmup=max(steps // 50, 10), often=max(steps // 20, 1), at_times=max(steps // 10, 1)).encode())
+    recipe = f'data/{settings["dataset"]}.py'
+    text = CONFIG.format(
+        parameters=short(model.count_parameters()), tokens=short(tokens), work=work, law=law, path=write, words=words,
+        prepare=f'    python prepare.py {recipe}\n' * os.path.exists(recipe),
+        launch=f'torchrun --nproc_per_node={devices}' if devices > 1 else 'python',
+        out_dir=f'out/{os.path.splitext(os.path.basename(write))[0]}', dataset=settings['dataset'],
+        batch_size=windows, accumulation=accumulation, step=windows * accumulation * c.block_size,
+        shape='\n'.join(f'{key} = {value!r}' for key, value in vars(c).items()), optimizer=run.optimizer,
+        learning_rate=0.3118 * work ** -0.1250, steps=steps, warmup=max(steps // 50, 10), often=max(steps // 20, 1),
+        at_times=max(steps // 10, 1))
+    try:
+        write_whole(write, text.encode())
+    except OSError as e:
+        raise UserError(f"write='{write}' cannot be written ({e.strerror})") from None
+    said = [key for key in ('device_name', 'devices', 'mfu', 'price') if config.source[key] != 'default']
     print(f'{write}: {steps:,} steps of {windows * accumulation * c.block_size:,} tokens. See what it takes:\n'
-          f'    python plan.py {write}' + f' --device_name={device_name}' * bool(device_name))
+          f'    python plan.py {" ".join([write, *(f"--{key}={config[key]}" for key in said)])}')
 
 
 def draw_budgets(work):
@@ -475,39 +529,49 @@ def draw_budgets(work):
     print(f'{plot}: the predicted losses by size')
 
 
+def short_ticks(number, _):
+    return short(number)
+
+
 # ---- a scaling law of your own
 
 def read_runs(pattern, setting):
-    """The finished runs of a pattern, as (name, N, D, loss). Raises UserError where there is none, or their data differ."""
-    found, left_out, data = [], [], {}
-    for folder in sorted({path for part in pattern.split() for path in glob.glob(part) if os.path.isdir(path)}):
-        loaded = checkpoint.peek(os.path.join(folder, 'ckpt.pt'))
+    """The finished runs of a pattern. Raises UserError where there is none."""
+    found, left_out = [], []
+    folders = {os.path.normpath(path) for part in pattern.split() for path in glob.glob(part) if os.path.isdir(path)}
+    for folder in sorted(folders):
+        path = os.path.join(folder, 'ckpt.pt')
+        loaded = checkpoint.peek(path)
         losses = [r['val_loss'] for r in checkpoint.read_log(folder, loaded['iter']) if 'val_loss' in r] if loaded else []
-        if not losses or not 0 < loaded['config']['max_iters'] <= loaded['iter']:
+        if not losses or not 0 < losses[-1] < math.inf or not 0 < loaded['config']['max_iters'] <= loaded['iter']:
             left_out.append(folder)
             continue
-        n = build(loaded['model_config'], loaded['model_config']['vocab_size']).count_parameters()
-        found.append((folder, n, loaded['tokens'], losses[-1]))
-        hashes = {e['sha256'] for d in loaded['data'].values() for file, e in d['files'].items() if file.startswith('val')}
-        data.setdefault(frozenset(hashes), []).append(folder)
+        shape = checkpoint.model_config(loaded, path)
+        with torch.device('meta'):
+            n = Transformer(shape).count_parameters()
+        data = {e['sha256'] for d in loaded['data'].values() for file, e in d['files'].items() if file.startswith('val')}
+        found.append(SimpleNamespace(name=folder, n=n, d=loaded['tokens'], loss=losses[-1], data=data, config=loaded['config'],
+                                     vocab_size=shape.vocab_size))
     if left_out:
         print(f'left out, since not finished or without an evaluation: {", ".join(left_out)}')
     if not found:
         raise UserError(f"{setting}='{pattern}' finds no finished run with an evaluation; name folders such as 'out/sweep_*'")
-    if len(data) > 1:
-        one, other = list(data.values())[:2]
-        raise UserError(f"{setting}='{pattern}': {one[0]} and {other[0]} were evaluated on other data; a law is of one text")
     return found
 
 
 def fit_law():
-    """Fits the law to the runs, prints it and what it says, and draws it."""
-    runs, checks = read_runs(fit, 'fit'), read_runs(check, 'check') if check else []
-    _, n, d, loss = zip(*runs)
-    of, spread = scaling.fit(*map(scaling.np.array, (n, d, loss)))
+    """Fits the law to the runs, prints it and what it says, and draws it. Returns it and the runs."""
+    checks = read_runs(check, 'check') if check else []
+    runs = [each for each in read_runs(fit, 'fit') if each.name not in [other.name for other in checks]]
+    for each in runs + checks:
+        if each.data != (runs + checks)[0].data:
+            raise UserError(f'{(runs + checks)[0].name} and {each.name} were evaluated on other data; a law is of one text')
+    of, spread = scaling.fit(*(np.array([getattr(each, key) for each in runs]) for key in ('n', 'd', 'loss')))
     table = [('run', 'parameters', 'tokens', 'loss', 'by the law', 'difference')]
-    for name, n, d, loss in runs:
-        table.append((name, short(n), short(d), f'{loss:.4f}', f'{of.loss(n, d):.4f}', f'{loss - of.loss(n, d):+.4f}'))
+    for each in runs:
+        by_law = of.loss(each.n, each.d)
+        table.append((each.name, short(each.n), short(each.d), f'{each.loss:.4f}', f'{by_law:.4f}',
+                      f'{each.loss - by_law:+.4f}'))
     print(columns(table))
     print(('L(N, D) = E + A / N^alpha + B / D^beta: ' if of.A else 'L(D) = E + B / D^beta: ') + ', '.join(
         f'{name} {value:.4g} ({low:.4g} to {high:.4g})' for name, (value, low, high) in scaling.constants(of, spread).items()))
@@ -517,36 +581,33 @@ def fit_law():
         low, high = scaling.interval(other.loss(n, d) for other in spread)
         return f'{short(n)} parameters, {short(d)} tokens: {of.loss(n, d):.4f} predicted ({low:.4f} to {high:.4f})'
 
-    for name, n, d, loss in checks:
-        print(f'{name}, left out: {predicted(n, d)}, {loss:.4f} reached')
-    if any(config.source[key] != 'default' for key in (*checkpoint.ModelConfig.__annotations__, 'max_iters') if key in config):
+    for each in checks:
+        print(f'{each.name}, left out: {predicted(each.n, each.d)}, {each.loss:.4f} reached')
+    asked = (*checkpoint.ModelConfig.__annotations__, 'max_iters')
+    if not has_budget and any(config.source[key] != 'default' for key in asked):
         n = build(config, vocabulary()).count_parameters()
         print(f'these settings: {predicted(n, run.max_iters * tokens_per_step())}')
-    if plot and not (flops or hours or dollars):
+    if plot and not has_budget:
         draw_law(of, spread, runs, checks)
-    return of
-
-
-def short_ticks(number, _):
-    return short(number)
+    return of, runs
 
 
 def draw_law(of, spread, runs, checks):
     """Draws the runs' losses by tokens, a curve of the law for each size, and the runs that were left out."""
     pyplot = import_pyplot(f"plot='{plot}'")
     figure, axes = pyplot.subplots(figsize=(9, 6), layout='constrained')
-    sizes = sorted({n for _, n, _, _ in runs + checks})
-    least, most = min(d for *_, d, _ in runs + checks), max(d for *_, d, _ in runs + checks)
+    sizes, lengths = ({getattr(each, key) for each in runs + checks} for key in ('n', 'd'))
+    least, most = min(lengths), max(lengths)
     tokens = [least * (most / least * 2) ** (step / 60) / 1.2 for step in range(61)]
-    for i, n in enumerate(sizes):
-        fitted = any(n == other for _, other, _, _ in runs)
+    for i, n in enumerate(sorted(sizes)):
+        fitted = any(n == each.n for each in runs)
         axes.plot(tokens, [of.loss(n, d) for d in tokens], color=f'C{i}', linestyle='-' if fitted else '--')
         low, high = zip(*(scaling.interval(other.loss(n, d) for other in spread) for d in tokens))
         axes.fill_between(tokens, low, high, color=f'C{i}', alpha=0.15, linewidth=0)
         for group, mark, words in ((runs, 'o', ''), (checks, '*', ', not fitted')):
-            here = [(d, loss) for _, other, d, loss in group if other == n]
-            if here:
-                axes.plot(*zip(*here), mark, color=f'C{i}', markersize=14 if mark == '*' else 6,
+            points = [(each.d, each.loss) for each in group if each.n == n]
+            if points:
+                axes.plot(*zip(*points), mark, color=f'C{i}', markersize=14 if mark == '*' else 6,
                           label=f'{short(n)} parameters{words}')
     axes.set(xscale='log', xlabel='training tokens D', ylabel='validation loss, nats per token',
              title='Runs (marks), their law (lines) and its uncertainty (80%)')
@@ -566,18 +627,19 @@ for least, *names in ((0, 'mfu', 'price', 'device_memory', 'flops', 'hours', 'do
             raise UserError(f'{name}={config[name]} is less than {least}')
 if mfu > 1:
     raise UserError(f'mfu={mfu} is a share of the peak, such as 0.35')
+has_budget = bool(flops or hours or dollars)
+A_BUDGET, RUNS = 'a budget: --flops, --hours or --dollars', "--fit='out/sweep_*'"
+for name, given, needs in (('write', has_budget, A_BUDGET), ('law', has_budget, A_BUDGET), ('check', fit, RUNS),
+                           ('plot', has_budget or fit, f'{RUNS} or {A_BUDGET}'), ('price', device_name, 'a --device_name')):
+    if config.source[name] != 'default' and not given:
+        raise UserError(f'{name}={config[name]!r} needs {needs}')
 if law == 'fit' and not fit:
     raise UserError("law='fit' needs runs: --fit='out/sweep_*'")
 law = ('fit' if fit else 'besiroglu') if law == 'auto' else law
 laws = dict(scaling.LAWS)
 if fit:
-    laws['fit'] = fit_law()
-if flops or hours or dollars:
-    # a model of the settings' kind; of those left at train.py's defaults, which are for bytes, GPT-2's vocabulary and context
-    usual = {'vocab_size': 50304, 'block_size': 1024, 'n_kv_head': 0}
-    settings = config | {key: value for key, value in usual.items() if config.source[key] == 'default'}
-    settings['vocab_size'] = settings['vocab_size'] or 50304
-    kv_groups = max(settings['n_head'] // (settings['n_kv_head'] or settings['n_head']), 1)
+    laws['fit'], fitted_runs = fit_law()
+if has_budget:
     choose()
 elif not fit:
     describe()

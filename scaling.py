@@ -31,8 +31,14 @@ class Law:
         """(N, D) of the least loss with 6 N D = `flops` (eq. 4). Raises UserError for a law that knows no best size."""
         if self.A <= 0:
             raise UserError('fit: the runs are of one size, and so their law knows no best one; add runs of other sizes')
-        g = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
-        n = g * (flops / 6) ** (self.beta / (self.alpha + self.beta))
+        try:
+            g = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+            n = g * (flops / 6) ** (self.beta / (self.alpha + self.beta))
+        except (OverflowError, ZeroDivisionError):
+            n = math.inf
+        if not 1e3 < n < 1e15:
+            raise UserError(f'fit: the law of these runs has its best size at {n:.3g} parameters; their losses do not fall '
+                            'with size and length as in a law')
         return n, flops / 6 / n
 
 
@@ -43,10 +49,13 @@ LAWS = {
 }
 
 
+DELTA = 1e-3  # of the Huber loss, in log nats: residuals beyond count linearly, so that single bad runs do not bend the law
+
+
 def fit(n, d, loss, resamples=400, seed=0):
     """
     The law of runs with `n` parameters, `d` tokens and a final `loss` (arrays), and the laws of so many `resamples` of the
-    runs, whose spread is its uncertainty. With fewer than three sizes it is one of D alone.
+    runs, whose spread is its uncertainty. If all are of one size it is a law of D alone.
 
     As in the paper: least Huber loss (delta 1e-3) of the logarithms, by L-BFGS from many starts. Raises UserError for runs that
     are too few, and where scipy is missing.
@@ -55,12 +64,12 @@ def fit(n, d, loss, resamples=400, seed=0):
         from scipy.optimize import minimize
     except ImportError:
         raise UserError('fit needs a package: pip install scipy') from None
-    one_size = len(set(n)) < 3
+    one_size = len(set(n)) == 1
     x = np.log([d] if one_size else [n, d])  # a row for each term
     middle = x.mean(1)
     x = x - middle[:, None]  # around which the search is easy: far from it, a term's two constants do nearly the same
     unknowns = 1 + 2 * len(x)
-    if len(loss) <= unknowns or len(set(d)) < 3:
+    if len(loss) <= unknowns or len(set(d)) < 3 or len(set(n)) == 2:
         raise UserError(f'fit: {len(loss)} finished runs of {len(set(n))} sizes and {len(set(d))} lengths are too few for '
                         f'{unknowns} constants; train at least 4 lengths of one size, or 3 lengths of 3 sizes')
 
@@ -98,9 +107,6 @@ def fit(n, d, loss, resamples=400, seed=0):
         if len(set(d[drawn])) >= 3 and (one_size or len(set(n[drawn])) >= 3):
             spread.append(law(best([found], drawn)))
     return law(found), spread
-
-
-DELTA = 1e-3  # of the Huber loss, in log nats: residuals beyond count linearly, so that single bad runs do not bend the law
 
 
 def interval(values, share=0.8):

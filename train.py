@@ -498,18 +498,18 @@ def plan_rest(it, first_steps, evaluation):
     evaluations = max_iters // eval_interval - it // eval_interval + (max_iters % eval_interval > 0)
     seconds = time.perf_counter() - started + steps_left * min(first_steps[1:]) + evaluations * evaluation
     say(f'plan: {seconds:.0f} s by the first steps' +
-        (f', with {evaluations} evaluations of {evaluation:.1f} s' if evaluation else ''))
+        (f', with {evaluations} evaluation{"s" * (evaluations > 1)} of {evaluation:.1f} s' if evaluation else ''))
     return seconds
 
 
 def draw_losses():
     """loss.png, where matplotlib is there; without it the run is as good."""
-    run = importlib.util.find_spec('matplotlib') and curves.read(out_dir)
     try:
+        run = importlib.util.find_spec('matplotlib') and curves.read(out_dir)
         if run:
             curves.draw([run], os.path.join(out_dir, 'loss.png'))
-    except UserError as e:
-        say(f'loss.png: {e}')
+    except Exception as e:  # of any kind: a log that is damaged, a matplotlib that does not work
+        say(f'loss.png: {type(e).__name__}: {e}')
 
 
 def load_step(it):
@@ -719,7 +719,7 @@ steps = read_ahead(load_step, range(first_iter, max_iters))
 started = time.perf_counter()  # all times in seconds
 measured, measured_tokens = 0.0, 0  # what the next line of the log divides: training only, without what interrupts it
 planned_memory = costs.memory(raw_model, micro_batch * rows.sides(stage), dtype, optimizer, device == 'cpu',
-                              checkpoint_activations, world_size if fsdp else 1)
+                              checkpoint_activations, world_size if fsdp else 1, masked=stage != 'pretrain')
 say(f'plan: memory {costs.in_words(planned_memory)}')
 first_steps, evaluation_time, planned_time = [], 0.0, None
 it = first_iter
@@ -739,9 +739,9 @@ while True:
         measured += time.perf_counter() - waits
         improved = False
         if evaluates:
-            evaluation_time = time.perf_counter()
+            evaluation_started = time.perf_counter()
             figures = evaluate()
-            evaluation_time = time.perf_counter() - evaluation_time
+            evaluation_time = time.perf_counter() - evaluation_started
             improved = figures['val_loss'] < best_val_loss and it > 0
             if improved:
                 former_best, best_val_loss = best_val_loss, figures['val_loss']
@@ -816,6 +816,7 @@ while True:
 
 # ---- the end
 
+took, memory_peak = time.perf_counter() - started, memory_taken(device)
 problem = saver.wait() if saver else None
 if rank == 0 and not log.close():
     problem = problem or f'{log.path} could not be written to its end'
@@ -832,11 +833,10 @@ if interrupted:
     say(f'stopped at iter {it} and saved; --init_from=resume goes on')
 else:
     code = 0
-    here = time.perf_counter() - started
-    say(f'done: {max_iters} iters in {elapsed + here:.0f} s' +
+    say(f'done: {max_iters} iters in {elapsed + took:.0f} s' +
         (f', best validation loss {best_val_loss:.4f}' if val_splits else ''))
-    say('taken, and planned: ' + (f'{here:.0f} s, {planned_time:.0f} s; ' if planned_time else '') +
-        f'{costs.short(memory_taken(device))}B of memory, {costs.short(sum(planned_memory.values()))}B')
+    say('this took ' + (f'{took:.0f} s (planned: {planned_time:.0f} s) and ' if planned_time else '') +
+        f'{costs.short(memory_peak)}B of memory (planned: {costs.short(sum(planned_memory.values()))}B)')
     say(f"Now let it write:\n    python sample.py --out_dir={out_dir}{' --chat' * (stage != 'pretrain')}")
 if under_torchrun:
     parallel.total(0)  # the first process may still be saving and copying

@@ -71,10 +71,10 @@ def test_recipes_have_the_published_sizes(config, parameters):
     assert f'model: {parameters} parameters' in plan(f'config/{config}.py')
 
 
-def test_what_was_published_comes_out(tmp_path):
+def test_what_was_published_comes_out():
     """14 hours and $4.73 on an A10G; 4 days on 8 A100s at the 30% of their peak that nanoGPT reached; a day on a V100."""
     out = plan('config/smollm135m.py', '--device_name=a10g', '--price=0.3377')
-    hours, dollars = map(float, re.search(r'fits; ([\d.]+) hours, \$([\d.]+) at', out).groups())
+    hours, dollars = map(float, re.search(r'fits; ([\d.]+) hours, \$([\d.]+) for', out).groups())
     assert hours == pytest.approx(14, rel=0.1) and dollars == pytest.approx(4.73, rel=0.1)
     out = plan('config/gpt2.py', '--device_name=A100', '--devices=8', '--mfu=0.3')
     assert float(re.search(r'fits; ([\d.]+) days', out)[1]) == pytest.approx(4, rel=0.1)
@@ -97,10 +97,10 @@ def test_the_51m_model_is_the_nearest_shape():
     assert re.search(r'SmolLM2-135M \(released\) +135M +2T +14,868', out)
 
 
-def test_budgets_in_hours_and_dollars_are_one(tmp_path):
+def test_budgets_in_hours_and_dollars_are_one():
     by_hours = plan('--hours=10', '--device_name=v100', '--price=2', '--mfu=0.4')
     by_dollars = plan('--dollars=20', '--device_name=V100', '--price=2', '--mfu=0.4')
-    assert by_hours == by_dollars and by_hours.startswith(f'{36000 * 125e12 * 0.4:.3g} FLOPs: 10.0 hours, $20.00 at $2 an hour')
+    assert by_hours == by_dollars and by_hours.startswith(f'{36000 * 125e12 * 0.4:.3g} FLOPs: 10.0 hours, $20.00 for $2 an hour')
 
 
 def test_the_recipe_it_writes_trains(place):
@@ -115,6 +115,13 @@ def test_the_recipe_it_writes_trains(place):
     tokens = int(re.search(r'= ([\d,]+), [\d.]+ per parameter; [\d.]+ epochs', plan('mine.py', cwd=place))[1].replace(',', ''))
     work = float(re.search(r'work: ([\d,]+) FLOPs', plan('mine.py', cwd=place))[1].replace(',', ''))
     assert tokens * work == pytest.approx(3e12, rel=0.05)
+    several = plan(str(ROOT / 'config' / 'minueza32m_base.py'), '--hours=2', '--device_name=h100', '--devices=3', '--optimizer=muon',
+                   '--write=several.py', cwd=place)  # a recipe for three, with what is particular to its model
+    assert 'python plan.py several.py --device_name=h100 --devices=3' in several
+    again = plan('several.py', '--device_name=h100', '--devices=3', cwd=place)
+    assert float(re.search(r'fits; ([\d.]+) (hours|minutes)', again)[1]) == pytest.approx(2, rel=0.15)
+    text = (place / 'several.py').read_text()
+    assert 'sliding_window = 1024' in text and "optimizer = 'muon'" in text and 'torchrun --nproc_per_node=3' in text
     assert 'is there already' in plan('--flops=3e12', '--write=mine.py', cwd=place, code=2)
 
 
@@ -140,15 +147,17 @@ def test_a_law_of_ones_own_runs(place):
             run('train.py', *TINY, f'--n_embd={width}', f'--max_iters={steps}', f'--out_dir=out/s_{width}_{steps}', cwd=place)
     run('train.py', *TINY, '--n_embd=96', '--max_iters=40', '--out_dir=out/held', cwd=place)
     run('train.py', *TINY, '--n_embd=96', '--max_iters=0', '--out_dir=out/s_nothing', cwd=place)
-    out = plan('--fit=out/s_*', '--check=out/held', '--n_embd=128', '--plot=law.png', cwd=place)
+    out = plan('--fit=out/*', '--check=out/held/', '--n_embd=128', '--plot=law.png', cwd=place)
+    assert out.count('out/held') == 1  # what is checked is not fitted
     assert 'L(N, D) = E + A / N^alpha + B / D^beta' in out and 'the middle 80% of 400 fits' in out
     assert re.search(r'out/held, left out: .* predicted \(.* to .*\), [\d.]+ reached', out)
     assert 'these settings: ' in out and (place / 'law.png').read_bytes()[:4] == b'\x89PNG'
-    assert re.search(r'\nfit +', plan('--fit=out/s_*', '--flops=1e12', '--vocab_size=257', cwd=place))
+    out = plan('--fit=out/s_*', '--flops=1e12', '--write=own.py', cwd=place)
+    assert re.search(r'\nfit +', out) and 'SmolLM2' not in out
+    assert "dataset = 'tiny'" in (place / 'own.py').read_text() and 'vocab_size = 257' in (place / 'own.py').read_text()
     assert '3 finished runs of 1 sizes and 3 lengths are too few' in plan('--fit=out/s_32_*', cwd=place, code=2)
     run('train.py', *TINY, '--n_embd=32', '--max_iters=30', '--out_dir=out/s_32_30', cwd=place)
     assert 'L(D) = E + B / D^beta' in plan('--fit=out/s_32_*', cwd=place)
-
 
 
 @pytest.mark.parametrize('args, words', [
@@ -158,7 +167,9 @@ def test_a_law_of_ones_own_runs(place):
     ('--devices=3', 'devices=3 cannot share a step of 16 windows'),
     ('--flops=1e17 --plot=a.gif2', "a picture's name ends with"),
     ('--flops=1e17 --write=no/such.py', 'is no name for a Python file in a folder that is there'),
-    ('--dataset=unknown', 'is not prepared here; give a number'), ('--flops=5', 'which trains nothing')])
+    ('--dataset=unknown', 'is not prepared here; give a number'), ('--flops=5', 'too few to train anything'), ('--flops=1e30', 'beyond any model'),
+    ('--flops=1e15 --n_head=0', 'n_head 0 is less than 1'), ('--plot=a.png', "needs --fit='out/sweep_*' or a budget"),
+    ('--flops=1e17 --write=/proc/a.py', 'cannot be written'), (f'{ROOT}/config/owl_sft.py', 'name the recipe that trains it')])
 def test_refused(args, words, tmp_path):
     err = plan(*args.split(), cwd=tmp_path, code=2)
     assert words in err and len(err.splitlines()) == 1
@@ -172,7 +183,9 @@ def test_what_training_takes_is_planned_and_said(place):
     assert process.returncode == 0, err
     assert re.search(r'plan: memory [\d.]+ [MG]B \(weights', out) and re.search(r'plan: \d+ s by the first steps', out)
     taken, planned = (float(size) * {'M': 1e6, 'G': 1e9}[unit] for size, unit in re.findall(
-        r'([\d.]+) ([MG])B', re.search(r'taken, and planned: \d+ s, \d+ s; (.*)', out)[1].replace(' of memory', '')))
+        r'([\d.]+) ([MG])B', re.search(r'this took \d+ s \(planned: \d+ s\) and (.*)', out)[1]))
     assert planned == pytest.approx(taken, rel=0.4)
     out = plan(*(arg for arg in args if not arg.startswith('--picture')), '--device_name=here', '--seconds=1', cwd=place)
     assert re.search(r'here, .*, \d+ GB: fits; .* at [\d,]+ tokens a second, measured', out)
+    assert 'here, ' in plan('--device_name=here', '--device_memory=0.001', cwd=place) and 'does not fit' in plan(
+        '--device_name=here', '--device_memory=0.001', cwd=place)

@@ -1,5 +1,6 @@
 """plot.py and the pictures that runs leave: what they show is what was logged."""
 
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -79,6 +80,17 @@ def test_flops_need_the_checkpoint(runs, tmp_path):
     (tmp_path / 'log.jsonl').write_text((runs / 'out' / 'a' / 'log.jsonl').read_text())
     assert "x='flops' needs the run's ckpt.pt" in plot(str(tmp_path), '--x=flops', cwd=runs, code=2)
     plot(str(tmp_path), '--picture=alone.png', cwd=runs)
+
+
+def test_a_log_that_lacks_much_is_drawn_as_far_as_it_goes(tmp_path):
+    records = [{'iter': 0, 'tokens': 5, 'loss': 3.0, 'time': 1}, {'iter': 1, 'tokens': 10, 'loss': float('nan'), 'time': 2},
+               {'iter': 2, 'tokens': 15, 'loss': 2.0, 'grad_norm': 0.0, 'time': 3}, {'iter': 3, 'loss': 1.0}]
+    (tmp_path / '_$x').mkdir()
+    (tmp_path / '_$x' / 'log.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
+    for how in ('--text', '--picture=a.svg', '--x=time'):
+        row = plot('_$x', '_$x', how, cwd=tmp_path).splitlines()[-1].split()
+        assert row == ['_$x', '2', '15', '2.5000', '0.00']
+    assert '_$x' in ''.join(ElementTree.parse(tmp_path / 'a.svg').getroot().itertext())
 
 
 def test_smoothing_keeps_a_line_and_a_mean():
