@@ -166,7 +166,7 @@ def describe():
     optimizer = costs.memory(model, 1, 'float32', run.optimizer, on_cpu=False).get('optimizer', 0)
     print(f'checkpoint: {costs.short(4 * n + optimizer)}B, {run.keep_last} of them and the best are kept')
     if device_name == 'here':
-        here(model, trained, evaluated)
+        here(model, device, trained, evaluated)
     elif device:
         print(memory_line(model, device))
         print(verdict(model, device, work))
@@ -208,9 +208,8 @@ def fitting(parts, room):
         'does not fit (try a smaller batch_size with more gradient_accumulation_steps, or --checkpoint_activations)'
 
 
-def here(model, trained, evaluated):
+def here(model, device, trained, evaluated):
     """Measures training on this machine, and prints what the run takes here."""
-    device = find_device('here')
     windows, parts = memory_on(model, device.dtype, device.room, device.on_cpu)
     print(memory_line(model, device))
     words = f'{device.name}, {device.room / 1e9:.0f} GB: {fitting(parts, device.room)}'

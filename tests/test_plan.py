@@ -100,7 +100,8 @@ def test_the_51m_model_is_the_nearest_shape():
 def test_budgets_in_hours_and_dollars_are_one():
     by_hours = plan('--hours=10', '--device_name=v100', '--price=2', '--mfu=0.4')
     by_dollars = plan('--dollars=20', '--device_name=V100', '--price=2', '--mfu=0.4')
-    assert by_hours == by_dollars and by_hours.startswith(f'{36000 * 125e12 * 0.4:.3g} FLOPs: 10.0 hours, $20.00 for $2 an hour')
+    bought = f'{36000 * 125e12 * 0.4:.3g} FLOPs: 10.0 hours, $20.00 for $2 an hour'
+    assert by_hours == by_dollars and by_hours.startswith(bought)
 
 
 def test_the_recipe_it_writes_trains(place):
@@ -115,8 +116,8 @@ def test_the_recipe_it_writes_trains(place):
     tokens = int(re.search(r'= ([\d,]+), [\d.]+ per parameter; [\d.]+ epochs', plan('mine.py', cwd=place))[1].replace(',', ''))
     work = float(re.search(r'work: ([\d,]+) FLOPs', plan('mine.py', cwd=place))[1].replace(',', ''))
     assert tokens * work == pytest.approx(3e12, rel=0.05)
-    several = plan(str(ROOT / 'config' / 'minueza32m_base.py'), '--hours=2', '--device_name=h100', '--devices=3', '--optimizer=muon',
-                   '--write=several.py', cwd=place)  # a recipe for three, with what is particular to its model
+    several = plan(str(ROOT / 'config' / 'minueza32m_base.py'), '--hours=2', '--device_name=h100', '--devices=3',
+                   '--optimizer=muon', '--write=several.py', cwd=place)  # for three, with what is particular to its model
     assert 'python plan.py several.py --device_name=h100 --devices=3' in several
     again = plan('several.py', '--device_name=h100', '--devices=3', cwd=place)
     assert float(re.search(r'fits; ([\d.]+) (hours|minutes)', again)[1]) == pytest.approx(2, rel=0.15)
@@ -167,7 +168,8 @@ def test_a_law_of_ones_own_runs(place):
     ('--devices=3', 'devices=3 cannot share a step of 16 windows'),
     ('--flops=1e17 --plot=a.gif2', "a picture's name ends with"),
     ('--flops=1e17 --write=no/such.py', 'is no name for a Python file in a folder that is there'),
-    ('--dataset=unknown', 'is not prepared here; give a number'), ('--flops=5', 'too few to train anything'), ('--flops=1e30', 'beyond any model'),
+    ('--dataset=unknown', 'is not prepared here; give a number'),
+    ('--flops=5', 'too few to train anything'), ('--flops=1e30', 'beyond any model'),
     ('--flops=1e15 --n_head=0', 'n_head 0 is less than 1'), ('--plot=a.png', "needs --fit='out/sweep_*' or a budget"),
     ('--flops=1e17 --write=/proc/a.py', 'cannot be written'), (f'{ROOT}/config/owl_sft.py', 'name the recipe that trains it')])
 def test_refused(args, words, tmp_path):
