@@ -12,7 +12,7 @@ prompt's reading, and what of the memory's speed is used: to write a token, all 
 there, and transformers' for several prompts at once, count the prompt's reading too.) Measure when nothing else runs.
 """
 
-from configurator import UserError, configure
+from configurator import UserError, at_least, configure
 
 # ---- what
 task = 'train'  # train | sample: what is measured
@@ -207,8 +207,7 @@ def measure_training():
         for process in processes:
             process.kill()
     vocab, _, data = training_data()
-    with torch.device('meta'):
-        model = Transformer(checkpoint.shape_of(config, vocab))
+    model = Transformer.without_weights(checkpoint.shape_of(config, vocab))
     tokens = batch_size * run.block_size
     rates = [[tokens / figure['step'] for figure in done] for done in figures]
     medians = list(map(statistics.median, rates))
@@ -367,9 +366,9 @@ def measure_writing():
 device = pick_device(run.device)
 dtype = pick_dtype(dtype, device)
 batch_size = 1 if task == 'sample' and config.source['batch_size'] == 'default' else run.batch_size
-for name, least in (('prompt_tokens', 1), ('max_new_tokens', 2), ('batch_size', 1), ('rounds', 1), ('steps', 0)):
-    if config[name] < least:
-        raise UserError(f'{name}={config[name]} is less than {least}')
+at_least(config, 2, 'max_new_tokens')
+at_least(config, 1, 'prompt_tokens', 'batch_size', 'rounds')
+at_least(config, 0, 'steps')
 if 'batch_size' in config.auto:
     raise UserError('batch_size=auto is for train.py: what is measured here is a number of windows; give one')
 steps = steps or (1 if device == 'cpu' else 20)

@@ -19,7 +19,6 @@ reader is torchfile.py.
 
 import concurrent.futures
 import contextlib
-import json
 import math
 import os
 import sys
@@ -239,22 +238,6 @@ def step_of(path):
     return (peek(path) or {}).get('iter')
 
 
-def read_log(out_dir, last_iter):
-    """The records of a run's log.jsonl up to a step, what is a number in them; none where there is no log."""
-    path = os.path.join(out_dir, 'log.jsonl')
-    if not os.path.isfile(path):
-        return []
-    try:
-        with open(path, encoding='utf-8') as f:
-            records = [json.loads(line) for line in f if line.endswith('\n')]  # a crash may have cut the last
-        records = [{key: value for key, value in record.items() if type(value) in (int, float)} for record in records]
-        return [record for record in records if record['iter'] <= last_iter]
-    except KeyError:
-        raise UserError(f'{path} is damaged (a line has no iter); move it away to go on without it') from None
-    except (OSError, ValueError, AttributeError, RecursionError) as e:
-        raise UserError(f'{path} is damaged ({e}); move it away to go on without it') from None
-
-
 def shape_of(settings, vocab_size):
     """The shape of the model that train.py's settings describe. Raises UserError for what is none."""
     try:
@@ -304,8 +287,7 @@ def _check_shapes(config, checkpoint, path):
     theirs = checkpoint['model']
     if config.n_layer > len(theirs):  # before so many are made to compare
         raise UserError(f'{path} holds a model of another shape: n_layer is {config.n_layer}, and it has {len(theirs)} tensors')
-    with torch.device('meta'):
-        ours = Transformer(config).state_dict()
+    ours = Transformer.without_weights(config).state_dict()
     wrong = [f'{name} is {_shape(theirs, name)} there and {_shape(ours, name)} here'
              for name in sorted(ours.keys() | theirs.keys(), key=str) if _shape(ours, name) != _shape(theirs, name)]
     if wrong:

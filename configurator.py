@@ -92,6 +92,13 @@ def configure(settings, inherits=None, positional=''):
     return config
 
 
+def at_least(config, least, *names):
+    """Raises UserError for those of the settings that are below `least`."""
+    for name in names:
+        if config[name] < least:
+            raise UserError(f'{name}={config[name]} is less than {least}; choose {least} or more')
+
+
 def _is_setting(name, value):
     return not name.startswith('_') and isinstance(value, (bool, int, float, str))
 

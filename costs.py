@@ -4,10 +4,10 @@ What memory training takes, by part. Calculated, nothing is run.
 
 import math
 
+from attention import ATTENTION_BLOCK
 from loss import CHUNK
-from model import ATTENTION_BLOCK
 
-PROCESS = 450_000_000  # bytes of Python with torch, its compiler and the rest, on Linux
+PROCESS = 380_000_000  # bytes of Python with torch, its compiler and the rest, on Linux
 
 
 def memory(model, windows, dtype, optimizer, on_cpu, checkpoint_activations=False, shares=1, masked=False):

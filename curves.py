@@ -9,11 +9,10 @@ import os
 import statistics
 from dataclasses import dataclass
 
-import torch
-
 import checkpoint
 from configurator import UserError
 from files import write_whole
+from logs import read_log
 from model import Transformer
 
 X_AXES = {'step': 'steps', 'tokens': 'tokens', 'time': 'hours', 'flops': 'FLOPs'}
@@ -39,12 +38,11 @@ class Run:
 def read(folder, last_iter=math.inf):
     """The run in a folder, up to a step. None if it has logged no loss; raises UserError for a log that is damaged."""
     records = [{key: value for key, value in record.items() if math.isfinite(value)}
-               for record in checkpoint.read_log(folder, last_iter)]
+               for record in read_log(folder, last_iter)]
     found = checkpoint.peek(os.path.join(folder, 'ckpt.pt'))
     flops, unit = 0.0, 'nats per token'
     if found:
-        with torch.device('meta'):
-            flops = Transformer(checkpoint.model_config(found, folder)).flops_per_token()
+        flops = Transformer.without_weights(checkpoint.model_config(found, folder)).flops_per_token()
         unit = 'a pair of answers' if found['config'].get('stage') == 'dpo' else unit
     train, val = ([record for record in records if {key, 'tokens', 'time'} <= record.keys()] for key in ('loss', 'val_loss'))
     return Run(os.path.basename(os.path.normpath(folder)), train, val, flops, unit) if train or val else None

@@ -32,6 +32,8 @@ import sys
 import checkpoint
 import curves
 import huggingface
+from logs import read_log
+from rows import sides
 
 CARD = """\
 ---
@@ -138,7 +140,7 @@ def card_of_the_run(folder, loaded, n, log):
                              *(f'{sum(entry[key] for entry in entries):,}' for key in ('tokens', 'documents', 'bytes')),
                              f"`{entries[0]['sha256'][:16]}...`{more}"))
     seen, minutes = loaded['tokens'], loaded['elapsed'] / 60
-    per_step = run['batch_size'] * run['gradient_accumulation_steps'] * run['block_size']
+    per_step = run['batch_size'] * run['gradient_accumulation_steps'] * run['block_size'] * sides(run.get('stage', 'pretrain'))
     training = table(
         ('', ''), ('mixture', ' '.join(map(huggingface.public_name, run['dataset'].split()))),
         ('tokens seen', f"{seen:,} ({loaded['iter']:,} steps, the last of {per_step:,})"), ('window', run['block_size']),
@@ -273,7 +275,7 @@ try:
             if os.path.isfile(os.path.join(source, file)):
                 shutil.copy(os.path.join(source, file), unfinished)
     else:
-        log = checkpoint.read_log(run_dir, loaded['iter']) if 'iter' in loaded else []
+        log = read_log(run_dir, loaded['iter']) if 'iter' in loaded else []
         card = model_card(unfinished, os.path.basename(target), model, tokenizer, loaded, log)
         with open(os.path.join(unfinished, 'README.md'), 'w', encoding='utf-8') as f:
             f.write(card)

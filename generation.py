@@ -20,9 +20,9 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from attention import KVCache
 from configurator import UserError
 from device import not_compiled
-from model import KVCache
 
 NUMBERS = itertools.count()
 

@@ -1,5 +1,5 @@
 """
-What may happen to a run from outside, signals, and from inside, numbers that are none.
+What can go wrong while a run trains: a signal from outside; a loss or a gradient that is not finite, or jumps.
 """
 
 import math
@@ -40,7 +40,7 @@ class Interruption:
                 os._exit(128 + number)
 
 
-class Numbers:
+class StepGuard:
     """Tells the steps that must not be taken: loss or gradient are not finite, or are a spike."""
 
     def __init__(self, max_spike):
@@ -62,8 +62,8 @@ class Numbers:
                     return f'{name} {value:.4g} is more than {self.max_spike:g} times its mean of {mean:.4g}'
         return ''
 
-    def count(self, loss, grad_norm, wrong):
-        """Keeps the books."""
+    def record(self, loss, grad_norm, wrong):
+        """Updates the running means and the counts of bad steps."""
         state = self.state
         if wrong:
             state['bad_steps'] += 1

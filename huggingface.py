@@ -115,7 +115,7 @@ def to_theirs(weights, config):
 def to_ours(weights, config):
     """The inverse of `to_theirs`, which empties `weights` to save memory; a tied output layer is the embedding again."""
     family, out = family_of(config), {}
-    for name in _empty(config).state_dict():
+    for name in Transformer.without_weights(config).state_dict():
         if name == 'lm_head.weight' and config.tie_weights:
             out[name] = out['wte.weight']
             continue
@@ -123,11 +123,6 @@ def to_ours(weights, config):
         parts = [weights.pop(their) for their in theirs]
         out[name] = torch.cat(parts) if len(parts) > 1 else parts[0].T.contiguous() if transposed else parts[0]
     return out
-
-
-def _empty(config):
-    with torch.device('meta'):
-        return Transformer(config)
 
 
 # ---- in
@@ -258,7 +253,7 @@ def read_weights(folder, config):
         path_of |= dict.fromkeys(names, path)
     if config.n_layer > len(path_of):  # before so many are made to compare
         raise UserError(f'{folder}: config.json says {config.n_layer} layers, but the files hold {len(path_of)} tensors')
-    expected = {name: tuple(p.shape) for name, p in to_theirs(_empty(config).state_dict(), config).items()}
+    expected = {name: tuple(p.shape) for name, p in to_theirs(Transformer.without_weights(config).state_dict(), config).items()}
     prefix = 'transformer.' if 'transformer.wte.weight' in expected else 'model.'
     weights = {}
     for path in sorted(set(path_of.values())):
@@ -354,7 +349,7 @@ def write(folder, model, tokenizer, dtype='float32'):
     family, weights = family_of(model.config), model.state_dict()
     config = dataclasses.replace(model.config, vocab_size=min(model.config.vocab_size, tokenizer.vocab_size),
                                  bias=model.config.bias or family == 'gpt2')
-    written = _empty(config)
+    written = Transformer.without_weights(config)
     weights = {name: weights[name][:len(p)] if name in weights else torch.zeros(p.shape)
                for name, p in written.state_dict().items()}
     files = tokenizer_files(tokenizer, config) | config_files(tokenizer, config, dtype)

@@ -94,10 +94,20 @@ def _read_lines(path):
                         record = json.loads(line)
                         if not isinstance(record, dict) or type(record.get('iter')) is not int:
                             raise ValueError('no record of a step')
-                    except ValueError as e:
+                    except (ValueError, RecursionError) as e:
                         raise UserError(f'{path} is damaged (line {number}: {e}); move it away to go on without it') from None
                     lines.append((line, record))
     return lines
+
+
+def read_log(out_dir, last_iter):
+    """The records of a run's log.jsonl up to a step, what is a number in them; none where there is no log."""
+    path = os.path.join(out_dir, 'log.jsonl')
+    try:
+        records = [record for _, record in _read_lines(path) if record['iter'] <= last_iter]
+    except OSError as e:
+        raise UserError(f'{path} cannot be read ({e.strerror})') from None
+    return [{key: value for key, value in record.items() if type(value) in (int, float)} for record in records]
 
 
 def new_id():

@@ -5,7 +5,7 @@ layer `weight` (V, C) reads. And what preference tuning minimises, from the targ
 
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 CHUNK = 2**26  # logits held at once
 
@@ -76,7 +76,7 @@ def token_nats(x, weight, targets):
     n_chunks = min(-(-len(x) * len(weight) // CHUNK), len(x))
     if n_chunks <= 1:
         return part(x, targets)
-    return torch.cat([checkpoint(part, *chunk, use_reentrant=False)
+    return torch.cat([recompute(part, *chunk, use_reentrant=False)
                       for chunk in zip(x.tensor_split(n_chunks), targets.tensor_split(n_chunks))])
 
 

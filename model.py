@@ -9,8 +9,11 @@ Shapes are written with these letters:
 
     B    batch, sequences                nh   query heads, `n_head`
     T    time, tokens in a sequence      nkv  key/value heads, `n_kv_head`
-    C    channels, `n_embd`              hs   head size, C / nh
-    V    vocabulary, `vocab_size`
+    S    tokens that a query may see     hs   head size, C / nh
+    C    channels, `n_embd`              V    vocabulary, `vocab_size`
+
+`where` are the tokens' positions, a slice, (T,) or (B, T); a `mask` is what each query sees, True = seen, None = itself and all
+before it.
 """
 
 import math
@@ -19,8 +22,9 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
+from attention import attention, separate_texts, visible
 from loss import CRITERIA, token_nats
 
 # far beyond any model, and few enough that a file which claims them is refused before memory is asked for
@@ -118,11 +122,11 @@ class LearnedPositions(nn.Module):
     def embed(self, x, where):
         return x + self.weight[where]
 
-    def angles(self, where):
+    def rotation(self, where):
         return None
 
     @staticmethod
-    def rotate(x, angles):
+    def rotate(x, rotation):
         return x
 
 
@@ -171,134 +175,20 @@ class RotaryPositions(nn.Module):
     def __init__(self, config):
         super().__init__()
         angle = torch.outer(torch.arange(config.block_size).float(), rope_frequencies(config))  # (block_size, hs/2)
-        self.register_buffer('cos', angle.cos().repeat(1, 2), persistent=False)
+        self.register_buffer('cos', angle.cos().repeat(1, 2), persistent=False)  # both (block_size, hs)
         self.register_buffer('sin', torch.cat((-angle.sin(), angle.sin()), dim=-1), persistent=False)
 
     def embed(self, x, where):
         return x
 
-    def angles(self, where):
+    def rotation(self, where):
         return self.cos[where].unsqueeze(-2), self.sin[where].unsqueeze(-2)  # (T, 1, hs) or (B, T, 1, hs)
 
     @staticmethod
-    def rotate(x, angles):
-        cos, sin = angles
+    def rotate(x, rotation):
+        # the halves (a, b) become (a cos - b sin, b cos + a sin): roll swaps them, and `sin` holds the minus
+        cos, sin = rotation
         return (x * cos + x.roll(x.size(-1) // 2, dims=-1) * sin).type_as(x)
-
-
-def visible(queries, keys, window):
-    """
-    Which keys each query sees, by their positions (T,) and (S,): itself, those before it, and of these the nearest
-    `window` only, itself included (0 = all); (T, S), True where it sees.
-    """
-    distance = queries[:, None] - keys
-    seen = distance >= 0
-    return seen & (distance < window) if window else seen
-
-
-def apart(begins, window):
-    """
-    Where texts begin in a batch of rows (B, T) → the tokens' positions, counted in their own text (B, T), and the mask by
-    which none sees another text (B, 1, T, T).
-    """
-    place = torch.arange(begins.size(1), device=begins.device)
-    start = torch.where(begins, place, 0).cummax(1).values
-    mask = visible(place, place, window) & (place >= start[:, :, None])
-    return place - start, mask[:, None]
-
-
-class KVCache:
-    """
-    The keys and values of the tokens that a model has read, so that it need not read them again: `model(idx,
-    cache=cache)` reads only what is new, and its logits are those of the whole text (Pope et al. 2022).
-
-    A row's tokens stand in consecutive slots. All rows end in the same slot; a shorter row begins in a later one, and the
-    slots before it are padding.
-    """
-
-    def __init__(self, config, batch_size, size, dtype=torch.float32, device='cpu', static=False):
-        """
-        `size`: slots, at most `block_size`; `dtype`: of what is kept. `static`: single tokens are read with shapes that
-        never change, over all slots, which is what a compiler wants.
-        """
-        shape = (batch_size, config.n_kv_head, size, config.head_size)
-        self.k, self.v = ([torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)] for _ in 'kv')
-        self.slots = torch.arange(size, device=device)
-        self.window, self.static = config.sliding_window, static
-        self.length, self.padding = 0, None  # slots in use; padding slots before each row (B,), None = none at all
-
-    def advance(self, T):
-        """
-        Makes room for T tokens in the next slots → their positions, which index a tensor's first dimension, and the mask
-        of the slots that they see, None if each sees all up to itself. Raises ValueError if there is no room.
-        """
-        start, size = self.length, len(self.slots)
-        if start + T > size:
-            raise ValueError(f'{start} tokens and {T} more are beyond the {size} slots of the cache')
-        self.length += T
-        static = self.static and T == 1
-        self.reach = size if static else self.length  # slots that attention reads
-        self.at = self.slots[start:start + 1].clone() if static else slice(start, self.length)  # those written to
-        windowed = 0 < self.window < self.length
-        if self.padding is None and not (static or windowed or T > 1 and start):
-            return self.at, None
-        queries, keys = self.slots[start:self.length], self.slots[:self.reach]
-        mask = visible(queries, keys, self.window)
-        if self.padding is None:
-            return self.at, mask
-        # a padding slot sees itself: a query that sees nothing would be not a number
-        mask = mask & (keys >= self.padding[:, None, None]) | (keys == queries[:, None])  # (B, T, reach)
-        return (queries - self.padding[:, None]).clamp(min=0), mask[:, None]
-
-    def append(self, layer, k, v):
-        """A layer's new keys and values (B, nkv, T, hs) go into their slots → all of them (B, nkv, reach, hs)."""
-        for kept, new in ((self.k[layer], k), (self.v[layer], v)):
-            kept[:, :, self.at] = new.to(kept.dtype)
-        return self.k[layer][:, :, :self.reach], self.v[layer][:, :, :self.reach]
-
-    def repeat(self, batch_size):
-        """The only row becomes so many."""
-        self.k, self.v = ([kept.repeat(batch_size, 1, 1, 1) for kept in part] for part in (self.k, self.v))
-
-
-ATTENTION_BLOCK = 256  # queries
-
-
-def attention_in_blocks(q, k, v, mask=None, size=ATTENTION_BLOCK):
-    """
-    Causal attention, softmax(q kᵀ / √hs) v, of q (B, nh, T, hs) and k, v (B, nkv, T, hs), a block of queries after the
-    other and each with the keys up to its end, or those of them that a `mask` shows. For training in bfloat16 on CPUs: there
-    the backward pass of torch's own takes up to seven times as long (see LOG.md). (T² + size T) / 2 scores of each head are
-    kept for it.
-    """
-    T, groups = q.size(2), q.size(1) // k.size(1)
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    q = q * q.size(-1) ** -0.5
-    hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1) if mask is None else ~mask
-    y = []
-    for start in range(0, T, size):
-        end = start + size
-        scores = (q[:, :, start:end] @ k[:, :, :end].transpose(2, 3)).masked_fill(hidden[..., start:end, :end], float('-inf'))
-        y.append(scores.softmax(-1) @ v[:, :, :end])
-    return torch.cat(y, dim=2)
-
-
-def attention(q, k, v, mask=None, dropout=0.0):
-    """
-    softmax(q kᵀ / √hs) v of queries (B, nh, T, hs) and keys and values (B, nkv, S, hs): causal, or by the `mask` of what
-    each query sees.
-    """
-    T, causal = q.size(2), mask is None and q.size(2) > 1
-    trains_on_cpu = torch.is_grad_enabled() and q.device.type == 'cpu'
-    if trains_on_cpu and q.dtype == torch.bfloat16 and not dropout and 1 < T <= 1024:
-        return attention_in_blocks(q, k, v, mask)
-    groups = q.size(1) // k.size(1)
-    if mask is not None and groups > 1 and torch.is_grad_enabled():
-        # CUDA's kernels that keep no scores for the backward pass take a mask or grouped heads, not both
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=k.size(1) < q.size(1),
-                                          dropout_p=dropout)
 
 
 class Attention(nn.Module):
@@ -316,20 +206,21 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, angles, mask, cache):
+    def forward(self, x, rotation, mask, cache):
         B, T, C = x.shape
         nh, nkv = self.heads
-        qk, v = self.c_attn(x).view(B, T, -1, self.head_size).split((nh + nkv, nkv), dim=2)
-        q, k = self.rotate(qk, angles).split((nh, nkv), dim=2)
+        qk, v = self.c_attn(x).view(B, T, -1, self.head_size).split((nh + nkv, nkv), dim=2)  # (B, T, nh + nkv or nkv, hs)
+        q, k = self.rotate(qk, rotation).split((nh, nkv), dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh or nkv, T, hs)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = attention(q.type_as(k), k, v, mask, self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C).type_as(qk)
+        # a cache may keep another precision than x has
+        y = attention(q.type_as(k), k, v, mask, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C).type_as(qk)  # the heads side by side
         return self.resid_dropout(self.c_proj(y))
 
 
-class GELU(nn.Module):
+class GELUMLP(nn.Module):
     """GPT-2's feed-forward, with the tanh form of GELU (Hendrycks and Gimpel 2016)."""
 
     def __init__(self, config):
@@ -342,7 +233,7 @@ class GELU(nn.Module):
         return self.resid_dropout(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')))
 
 
-class SwiGLU(nn.Module):
+class SwiGLUMLP(nn.Module):
     """Llama's feed-forward: down(silu(gate(x)) * up(x)), where `c_proj` is down (Shazeer 2020)."""
 
     def __init__(self, config):
@@ -357,7 +248,7 @@ class SwiGLU(nn.Module):
 
 
 NORMS = {'layernorm': LayerNorm, 'rmsnorm': RMSNorm}
-MLPS = {'gelu': GELU, 'swiglu': SwiGLU}
+MLPS = {'gelu': GELUMLP, 'swiglu': SwiGLUMLP}
 POSITIONS = {'learned': LearnedPositions, 'rope': RotaryPositions}
 
 
@@ -371,8 +262,8 @@ class Block(nn.Module):
         self.norm_2 = NORMS[config.norm](config)
         self.mlp = MLPS[config.mlp](config)
 
-    def forward(self, x, angles, mask, cache):
-        x = x + self.attn(self.norm_1(x), angles, mask, cache)
+    def forward(self, x, rotation, mask, cache):
+        x = x + self.attn(self.norm_1(x), rotation, mask, cache)
         x = x + self.mlp(self.norm_2(x))
         return x
 
@@ -395,10 +286,15 @@ class Transformer(nn.Module):
         self._init_weights()
 
     @classmethod
+    def without_weights(cls, config):
+        """The shapes only, on torch's meta device: to count them, to compare, or to fill them."""
+        with torch.device('meta'):
+            return cls(config)
+
+    @classmethod
     def from_weights(cls, config, weights):
         """The model that holds these weights (name → tensor) themselves: no others are drawn first, and none are copied."""
-        with torch.device('meta'):
-            model = cls(config)
+        model = cls.without_weights(config)
         model.load_state_dict(weights, assign=True)
         if config.pos == 'rope':  # its constants are in no state_dict
             model.positions = RotaryPositions(config)
@@ -423,10 +319,12 @@ class Transformer(nn.Module):
 
     def forward(self, idx, targets=None, reduction='mean', cache=None, criterion='cross_entropy', begins=None):
         """
-        Token ids `idx` (B, T) → logits (B, T, V); with `targets` (B, T), a scalar: the cross-entropy in nats (or another
-        `criterion` of loss.py), its mean or its sum (`reduction`) over the targets that are not -1; or with the reduction
-        'none' the cross-entropy of each (B, T). With a `cache`, `idx` goes on from what it holds. `begins` (B, T): True where
-        a text begins that is not to see those before it.
+        Token ids `idx` (B, T) → logits (B, T, V); with `targets` (B, T), where -1 does not count, a loss:
+
+        reduction   'mean' or 'sum' over the targets: a scalar; 'none': the cross-entropy of each (B, T)
+        criterion   what the scalar is, by its name in loss.py; cross-entropy is in nats
+        cache       a KVCache: `idx` goes on from what it holds
+        begins      (B, T), True where a text begins that is not to see those before it
 
         Raises ValueError if T is more than `block_size`, or than the cache has room for.
         """
@@ -437,7 +335,7 @@ class Transformer(nn.Module):
         if cache is not None:
             where, mask = cache.advance(T)
         elif begins is not None:
-            where, mask = apart(begins, window)
+            where, mask = separate_texts(begins, window)
         elif 0 < window < T:
             mask = visible(torch.arange(T, device=idx.device), torch.arange(T, device=idx.device), window)
         x = self.hidden(idx, where, mask, cache)
@@ -454,13 +352,13 @@ class Transformer(nn.Module):
         or (B, T); `mask`: what each attends to, None = all up to itself.
         """
         x = self.drop(self.positions.embed(self.wte(idx), where))
-        angles = self.positions.angles(where)
+        rotation = self.positions.rotation(where)
         for block in self.h:
             if self.checkpoint_activations and torch.is_grad_enabled():
                 # only x is kept, and the block is computed again in the backward pass (Chen et al. 2016)
-                x = checkpoint(block, x, angles, mask, cache, use_reentrant=False)
+                x = recompute(block, x, rotation, mask, cache, use_reentrant=False)
             else:
-                x = block(x, angles, mask, cache)
+                x = block(x, rotation, mask, cache)
         return self.norm_f(x)
 
     def count_parameters(self):

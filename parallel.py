@@ -27,7 +27,7 @@ def distributed():
 
 
 def start(backend, device):
-    """Joins the processes."""
+    """Joins this process to those that torchrun started; they wait for each other up to an hour."""
     global host
     store, rank, world_size = fresh_store()
     # of an hour, in which the first process may have to wait for a disk or a mirror

@@ -12,7 +12,7 @@ The settings of train.py describe the run. Work is counted as 6 N + 12 layers x 
 backward (PaLM, Chowdhery et al. 2022, appendix B); scaling laws count 6 N, and N with the embeddings (Hoffmann et al. 2022).
 """
 
-from configurator import UserError, configure
+from configurator import UserError, at_least, configure
 
 # ---- the machine
 device_name = ''  # a10g, h100, ...: the device; here = this machine, measured; '' = a table of all that are known
@@ -55,6 +55,7 @@ from dataset import folder_of, parse_mix, read_meta
 from device import DEVICES, autocast, memory_there, not_compiled, pick_device, pick_dtype, product_rate, set_up, synchronize
 from device import device_name as name_of
 from files import write_whole
+from logs import read_log
 from model import Transformer
 from optim import make_optimizer
 
@@ -96,8 +97,7 @@ def data_at_hand():
 
 def build(settings, vocab_size):
     """The model that settings describe, without its weights."""
-    with torch.device('meta'):
-        return Transformer(checkpoint.shape_of(settings, vocab_size))
+    return Transformer.without_weights(checkpoint.shape_of(settings, vocab_size))
 
 
 def planned_model():
@@ -541,13 +541,12 @@ def read_runs(pattern, setting):
     for folder in sorted(folders):
         path = os.path.join(folder, 'ckpt.pt')
         loaded = checkpoint.peek(path)
-        losses = [r['val_loss'] for r in checkpoint.read_log(folder, loaded['iter']) if 'val_loss' in r] if loaded else []
+        losses = [r['val_loss'] for r in read_log(folder, loaded['iter']) if 'val_loss' in r] if loaded else []
         if not losses or not 0 < losses[-1] < math.inf or not 0 < loaded['config']['max_iters'] <= loaded['iter']:
             left_out.append(folder)
             continue
         shape = checkpoint.model_config(loaded, path)
-        with torch.device('meta'):
-            n = Transformer(shape).count_parameters()
+        n = Transformer.without_weights(shape).count_parameters()
         data = {e['sha256'] for d in loaded['data'].values() for file, e in d['files'].items() if file.startswith('val')}
         found.append(SimpleNamespace(name=folder, n=n, d=loaded['tokens'], loss=losses[-1], data=data, config=loaded['config'],
                                      vocab_size=shape.vocab_size))
@@ -619,11 +618,8 @@ def draw_law(of, spread, runs, checks):
 
 # ---- what is wanted
 
-for least, *names in ((0, 'mfu', 'price', 'device_memory', 'flops', 'hours', 'dollars', 'max_iters'),
-                      (1, 'devices', 'batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'seconds')):
-    for name in names:
-        if config[name] < least:
-            raise UserError(f'{name}={config[name]} is less than {least}')
+at_least(config, 0, 'mfu', 'price', 'device_memory', 'flops', 'hours', 'dollars', 'max_iters')
+at_least(config, 1, 'devices', 'batch_size', 'gradient_accumulation_steps', 'eval_interval', 'eval_iters', 'seconds')
 if mfu > 1:
     raise UserError(f'mfu={mfu} is a share of the peak, such as 0.35')
 has_budget = bool(flops or hours or dollars)

@@ -15,7 +15,7 @@ What a kill leaves unfinished is taken up by the same command, and the result do
 (see shards.py). All of it is in data/<name>.unfinished/ until it is complete.
 """
 
-from configurator import UserError, configure
+from configurator import UserError, at_least, configure
 
 # ---- the text
 source = ''  # a text file, .jsonl or Parquet file, a folder of them, an http(s) address of one, or hf:ORGANISATION/DATASET
@@ -321,11 +321,9 @@ def check_settings():
     parse_fields(fields)
     if not 0 <= val_fraction < 1:
         raise UserError(f'val_fraction={val_fraction} is not within 0 <= val_fraction < 1')
-    for least, *keys in ((0, 'min_bytes', 'max_bytes', 'num_workers', 'seed'), (1, 'shard_tokens', 'bpe_bytes'),
-                         (2, 'block_size')):
-        for key in keys:
-            if config[key] < least:
-                raise UserError(f'{key}={config[key]} is less than {least}')
+    at_least(config, 0, 'min_bytes', 'max_bytes', 'num_workers', 'seed')
+    at_least(config, 1, 'shard_tokens', 'bpe_bytes')
+    at_least(config, 2, 'block_size')
     remote = re.match('https?://', source) or source.startswith('hf:') and not os.path.isdir(source[3:])
     if remote and not allow_network:
         raise UserError(f'{source} would have to be fetched from the network')

@@ -49,6 +49,7 @@ import checkpoint
 from chat import chat_template, end_of_answer, fit
 from device import pick_device, pick_dtype
 from generation import Sampling, Writer, window_start
+from logs import read_log
 
 
 def read(name, path):
@@ -121,7 +122,7 @@ def compare_checkpoints(texts, seeds):
         raise UserError(f"compare='{compare}' matches no checkpoint; train.py keeps checkpoints with --keep_every=STEPS")
     for path in paths:
         writer, step = load(path)
-        log = {key: value for record in checkpoint.read_log(os.path.dirname(path), step) if record['iter'] == step
+        log = {key: value for record in read_log(os.path.dirname(path), step) if record['iter'] == step
                for key, value in record.items()}
         losses = [f', {name} {log[key]:.4f}' for key, name in (('loss', 'loss'), ('val_loss', 'validation loss')) if key in log]
         print(f'======== {path}: step {step:,}' + ''.join(losses))

@@ -10,14 +10,14 @@ Trains a GPT-2 or a Llama on token files, on a CPU, one GPU, or many.
 The defaults below are the first of these; a file in config/ and --key=value override them (see configurator.py).
 """
 
-from configurator import UserError, configure
+from configurator import UserError, at_least, configure
 
 # ---- the run
 out_dir = 'out/stdlib'  # checkpoints and log.jsonl go here
 init_from = 'scratch'  # scratch, resume (what out_dir holds), auto (resume if out_dir holds a run, else scratch), or what
                        # gives its weights to a new run: a checkpoint's path, a folder in Hugging Face's form, or a model's
                        # id on its hub (gpt2, HuggingFaceTB/SmolLM2-135M);
-                       # from a checkpoint's path with --schedule=wsd a run goes on, on the same data, and decays to max_iters;
+                       # with --schedule=wsd a checkpoint of a wsd run on the same data goes on and decays to max_iters;
                        # auto:MODEL begins with that model where auto would from scratch
 eval_interval = 300  # steps between evaluations
 eval_iters = 20  # batches of batch_size in an evaluation, always the same ones
@@ -25,7 +25,7 @@ log_interval = 10  # steps between lines of the log
 checkpoint_interval = 0  # steps between checkpoints; 0 = at every evaluation
 checkpoint_minutes = 0.0  # minutes after which one is saved in any case; 0 = by steps only
 keep_last = 2  # latest checkpoints: ckpt.pt, and before it ckpt.1.pt, which a resume takes if ckpt.pt is damaged
-keep_every = 0  # keep ckpt_<iter>.pt of every so many steps (of those at which a checkpoint is saved); 0 keeps none
+keep_every = 0  # also keep ckpt_<iter>.pt where iter is a multiple of this and a checkpoint is saved; 0 = none
 mirror = ''  # copy checkpoints, log and settings there as well: s3://bucket/run, or any other URL that fsspec knows
 sample_interval = 300  # steps between samples of text; 0 = none
 sample_prompt = 'def '  # what the samples continue, '' = a new document; or, of sft and dpo, the message they answer
@@ -64,7 +64,7 @@ dropout = 0.0  # share of activations zeroed while training
 init_std = 0.02  # standard deviation of the initial weights
 zero_init = False  # what writes into the residual stream starts at zero
 # ---- optimizer (optim.py)
-optimizer = 'adamw'  # adamw | adam | sgd | muon | adamw8bit: muon takes AdamW for what is no matrix of a block
+optimizer = 'adamw'  # adamw | adam | sgd | muon | adamw8bit: muon is for the blocks' matrices, and AdamW takes the rest
 criterion = 'cross_entropy'  # cross_entropy | mse | mae: what training minimises; evaluations are cross-entropy
 learning_rate = 8e-3  # the highest
 max_iters = 1200  # steps
@@ -73,8 +73,8 @@ momentum = 0.95  # of muon and sgd
 beta1 = 0.9  # Adam's memory of gradients
 beta2 = 0.95  # and of their squares
 grad_clip = 1.0  # largest norm of the gradient; 0 = no clipping
-max_spike = 0.0  # leave out a step whose loss or gradient's norm is so many times its running mean; 0 = never
-max_bad_steps = 10  # so many steps in a row that had to be left out, and the run goes back to its last checkpoint, once
+max_spike = 0.0  # leave out a step whose loss or gradient norm is more than this many times its running mean; 0 = never
+max_bad_steps = 10  # after so many left-out steps in a row the run goes back to its last checkpoint; the second time it stops
 schedule = 'wsd'  # cosine | wsd | linear | constant
 warmup_iters = 50  # steps
 lr_decay_iters = 0  # steps until min_lr; 0 = max_iters
@@ -120,7 +120,7 @@ from device import autocast, device_name, most_that_fit, not_compiled, peak_flop
 from device import peak_memory as memory_taken
 from files import write_whole
 from generation import Sampling, generate, unknown_ids
-from health import Interruption, Numbers
+from health import Interruption, StepGuard
 from logs import Log, Wandb, new_id
 from loss import preference
 from mirror import Mirror
@@ -128,11 +128,12 @@ from model import ModelConfig, Transformer
 from optim import make_optimizer, make_schedule
 from tokenizer import tokenizer_from_state
 
-# settings that are not of the run; those with which a run may be started again that goes on by itself; those of the model
-OF_THE_MACHINE = ('out_dir', 'init_from', 'mirror', 'device', 'compile', 'backend', 'checkpoint_activations', 'fsdp')
-OF_THE_REPORTS = ('eval_interval', 'eval_iters', 'log_interval', 'checkpoint_interval', 'checkpoint_minutes', 'keep_last',
-                  'keep_every', 'sample_interval', 'sample_prompt', 'sample_tokens', 'wandb_log', 'wandb_project',
-                  'wandb_run_name', 'max_iters', 'lr_decay_iters', 'max_bad_steps', 'picture')
+# settings of this start, never taken over from the run that is continued
+NOT_TAKEN_OVER = ('out_dir', 'init_from', 'mirror', 'device', 'compile', 'backend', 'checkpoint_activations', 'fsdp')
+# what may differ where --init_from=auto finds a run and goes on by itself: no step depends on them, only their number
+MAY_DIFFER = ('eval_interval', 'eval_iters', 'log_interval', 'checkpoint_interval', 'checkpoint_minutes', 'keep_last',
+              'keep_every', 'sample_interval', 'sample_prompt', 'sample_tokens', 'picture', 'wandb_log', 'wandb_project',
+              'wandb_run_name', 'max_iters', 'lr_decay_iters', 'max_bad_steps')
 MODEL_SETTINGS = [field.name for field in dataclasses.fields(ModelConfig)]
 
 rank, local_rank, world_size = parallel.distributed()
@@ -170,7 +171,7 @@ def take_over_settings(loaded, path):
     """
     changed = []
     for key, value in loaded['config'].items():
-        if key not in config or key in OF_THE_MACHINE or not goes_on and key not in MODEL_SETTINGS:
+        if key not in config or key in NOT_TAKEN_OVER or not goes_on and key not in MODEL_SETTINGS:
             continue
         now = pick_dtype(dtype, device) if key == 'dtype' else config[key]
         if config.source[key] == 'default':
@@ -188,7 +189,7 @@ def take_over_settings(loaded, path):
     if wrong:
         raise UserError(f'{"; ".join(wrong)}; leave {"it" if len(wrong) == 1 else "them"} out, or train another model in '
                         'another --out_dir')
-    if by_itself and changed and not {line.split()[0] for line in changed} <= set(OF_THE_REPORTS):
+    if by_itself and changed and not {line.split()[0] for line in changed} <= set(MAY_DIFFER):
         raise UserError(f"out_dir='{out_dir}' holds a run with other settings: {'; '.join(changed)}; --init_from=resume "
                         'goes on with the new ones, another --out_dir begins another run')
     for line in changed:
@@ -223,17 +224,31 @@ def open_data(names):
             {name: split_of(meta, name, 'val', block_size, block_size) for name, meta in zip(names, metas) if has_val[name]})
 
 
+def choose_tokenizer(own, meta):
+    """
+    The run's tokenizer, and the special tokens that only the data's has. It is the data's for a new model and for one that is
+    now taught to chat, which may get new tokens; else the model's `own`. Raises UserError where the two give other ids.
+    """
+    expected = meta['tokenizer']['fingerprint']
+    if own and not learns_to_chat and own.fingerprint() == expected:
+        return own, set()
+    of_data = read_tokenizer(names[0], meta)
+    if not own.agrees_with(of_data) if own else of_data.fingerprint() != expected:
+        whose = f'{loaded_path} was trained with' if own else 'here it is now'
+        raise UserError(f"data set {names[0]} was prepared with tokenizer {meta['tokenizer']['name']}, but {whose} tokenizer "
+                        f'{(own or of_data).name}, whose ids are others; prepare the data again' +
+                        (f' with --tokenizer={init_from}' if own and init_from != 'resume' else ''))
+    tokenizer = of_data if learns_to_chat or not own else own
+    return tokenizer, of_data.special.keys() - tokenizer.special.keys()
+
+
 def check_settings():
     """Raises UserError for numbers out of their range; the model's are checked by ModelConfig."""
-    for least, *keys in ((1, 'eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'gradient_accumulation_steps',
-                          'keep_last', 'max_bad_steps'),
-                         (0, 'max_iters', 'checkpoint_interval', 'checkpoint_minutes', 'keep_every', 'max_spike',
-                          'sample_interval', 'sample_tokens', 'stride', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip',
-                          'warmup_iters', 'lr_decay_iters', 'wsd_decay_iters', 'vocab_size', 'seed', 'beta',
-                          'label_smoothing')):
-        for key in keys:
-            if config[key] < least:
-                raise UserError(f'{key}={config[key]} is less than {least}')
+    at_least(config, 1, 'eval_interval', 'eval_iters', 'log_interval', 'batch_size', 'gradient_accumulation_steps', 'keep_last',
+             'max_bad_steps')
+    at_least(config, 0, 'max_iters', 'checkpoint_interval', 'checkpoint_minutes', 'keep_every', 'max_spike', 'sample_interval',
+             'sample_tokens', 'stride', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip', 'warmup_iters',
+             'lr_decay_iters', 'wsd_decay_iters', 'vocab_size', 'seed', 'beta', 'label_smoothing')
     if keep_last >= checkpoint.KEEP_LAST_LIMIT:
         raise UserError(f'keep_last={keep_last} is not below {checkpoint.KEEP_LAST_LIMIT}; --keep_every keeps any number')
     if 0 < max_spike <= 1:
@@ -298,7 +313,7 @@ def restore(loaded):
         scaler.load_state_dict(loaded['scaler'])
     first_iter, first_tokens = loaded['iter'], loaded['tokens']
     loop['done'] = first_iter
-    for state in (loop, numbers.state):
+    for state in (loop, guard.state):
         state |= {key: value for key, value in loaded['loop'].items() if key in state}
 
 
@@ -322,26 +337,26 @@ def try_compile(raw_model):
     return model, ddp_model
 
 
-def measure_answers(measure):
+def add_reference_log_probs(loaded):
     """
-    Gives dpo's data the reference's log-probabilities, computed unless they lie beside it; `measure`: the reference's
+    Gives dpo's data the reference's log-probabilities, computed unless they lie beside it; `loaded`: the reference's
     checkpoint, None if the run is resumed. Raises UserError where that is needed and is not what it was.
     """
     splits, mark = [('train', s) for s in train_splits] + [('val', s) for s in val_splits.values()], loop['reference']
     if reference_model.missing(splits, mark, dtype):
-        measure = measure or reference_model.load(reference, tokenizer)
-        if reference_model.fingerprint(measure) != mark:
+        loaded = loaded or reference_model.load(reference, tokenizer)
+        if reference_model.fingerprint(loaded) != mark:
             raise UserError(f"reference='{reference}' is no longer the model that the run was begun with, and its "
                             f'log-probabilities do not lie beside the data {dataset}; put either back')
         say(f'computing the log-probabilities of {reference}')
-        reference_model.compute(splits, mark, measure, block_size, micro_batch, device, dtype, fsdp)
+        reference_model.compute(splits, mark, loaded, block_size, micro_batch, device, dtype, fsdp)
     reference_model.read(splits, mark, dtype)
 
 
 def open_log():
     """log.jsonl, without what came after the step to go on from."""
-    path, goes_on = os.path.join(out_dir, 'log.jsonl'), resumes or loop['went_back']
-    return Log(path, say, first_iter if goes_on else None, evaluated=loop['done'] == first_iter)
+    path, continues = os.path.join(out_dir, 'log.jsonl'), resumes or loop['went_back']
+    return Log(path, say, first_iter if continues else None, evaluated=loop['done'] == first_iter)
 
 
 def report(**record):
@@ -381,7 +396,7 @@ def go_back(it, why):
         saver.wait()
         return checkpoint.has_run(out_dir) and checkpoint.latest(out_dir, say)
 
-    bad_steps, path = numbers.state['bad_steps'], parallel.by_the_first(find_latest)
+    bad_steps, path = guard.state['bad_steps'], parallel.by_the_first(find_latest)
     if loop['went_back'] or not path:
         raise UserError(f'iter {it}: {why} ({bad_steps} steps were left out), and ' + (
             'the run went back to a checkpoint once already' if path else 'there is no checkpoint to go back to') +
@@ -390,7 +405,7 @@ def go_back(it, why):
     parallel.load_weights(raw_model, loaded['model'])
     restore(loaded)
     loop.update(data_shift=loop['data_shift'] + it + 1 - first_iter, went_back=True)
-    numbers.state.update(bad_steps=bad_steps, bad_in_row=0)
+    guard.state.update(bad_steps=bad_steps, bad_in_row=0)
     steps.close()
     steps = read_ahead(load_step, range(first_iter, max_iters))
     say(f'iter {it}: {why}; back to the checkpoint of step {first_iter}, and on with other data')
@@ -418,7 +433,7 @@ def save(it, improved=False):
         also = ['best.pt'] * improved + [f'ckpt_{it}.pt'] * bool(keep_every and it % keep_every == 0)
         saver.save([os.path.join(out_dir, name) for name in also], model=weights, model_config=dataclasses.asdict(shape),
                    tokenizer=tokenizer.state(), config=public_config, data=manifests, hardware=hardware, iter=it,
-                   tokens=tokens_seen(it), optimizer=moments, scaler=scaler.state_dict(), loop=loop | numbers.state,
+                   tokens=tokens_seen(it), optimizer=moments, scaler=scaler.state_dict(), loop=loop | guard.state,
                    elapsed=elapsed + time.perf_counter() - started, best_val_loss=best_val_loss)
 
 
@@ -561,12 +576,15 @@ if under_torchrun:
         raise UserError("backend='nccl' serves CUDA only, and device is cpu; use --backend=auto")
     backend = ('nccl' if device.startswith('cuda') else 'gloo') if backend == 'auto' else backend
     parallel.start(backend, device)
+# How the run begins. scratch: new weights. A model's name: its weights, step 0. resume: the step, optimizer and data of this
+# folder's run (`resumes`). A wsd checkpoint with --schedule=wsd: the same of another run, to an end of its own (`branches`).
+# `goes_on`: either of the last two. `by_itself`: --init_from=auto chose.
 by_itself = init_from.partition(':')[0] == 'auto'
 init_from, loaded_path, was_fetched = parallel.by_the_first(run_folder.begin, out_dir, init_from, mirror, say)
 resumes = init_from == 'resume'
 loaded = checkpoint.load_any(loaded_path) if loaded_path else None
 branches = not resumes and loaded is not None and branches_off(loaded)
-goes_on = resumes or branches  # with the step, the optimizer and the data of a former run
+goes_on = resumes or branches
 if loaded:
     take_over_settings(loaded, loaded_path)
 if branches:  # all that is left of it is decay, unless the command line says otherwise
@@ -608,17 +626,8 @@ if under_torchrun:
     dist.barrier()
 metas, train_splits, val_splits = open_data(names)
 meta = metas[0]
-tokenizer, fingerprint = tokenizer_from_state(loaded['tokenizer']) if loaded else None, meta['tokenizer']['fingerprint']
-learns_to_chat, unknown = stage == 'sft' and not resumes, ()  # in the data's template, with its special tokens
-if not loaded or learns_to_chat or tokenizer.fingerprint() != fingerprint:
-    of_data = read_tokenizer(names[0], meta)
-    if not tokenizer.agrees_with(of_data) if loaded else of_data.fingerprint() != fingerprint:
-        whose = f'{loaded_path} was trained with' if loaded else 'here it is now'
-        raise UserError(f"data set {names[0]} was prepared with tokenizer {meta['tokenizer']['name']}, but {whose} tokenizer "
-                        f'{(tokenizer or of_data).name}, whose ids are others; prepare the data again' +
-                        (f' with --tokenizer={init_from}' if loaded and init_from != 'resume' else ''))
-    tokenizer = of_data if learns_to_chat or not loaded else tokenizer
-    unknown = of_data.special.keys() - tokenizer.special.keys()
+learns_to_chat = stage == 'sft' and not resumes  # in the data's template, with its special tokens
+tokenizer, unknown = choose_tokenizer(loaded and tokenizer_from_state(loaded['tokenizer']), meta)
 other = [name for name, m in zip(names, metas) if stage != 'pretrain' and (
     m['chat_template'] != chat.chat_template(tokenizer) or unknown)]
 if other:
@@ -643,7 +652,7 @@ torch.manual_seed(seed)
 raw_model = Transformer(shape)  # the plain module, whose names checkpoints use
 raw_model.checkpoint_activations = checkpoint_activations
 first_iter, first_tokens, elapsed, best_val_loss, former_best = 0, 0, 0.0, math.inf, math.inf
-numbers = Numbers(max_spike)
+guard = StepGuard(max_spike)
 loop = {  # what else a resumed run has to know
     'done': -1,  # the step whose evaluation and samples are done: an interrupted run leaves them to the one that goes on
     'data_shift': 0,  # step i reads the batch of step i + data_shift
@@ -651,12 +660,12 @@ loop = {  # what else a resumed run has to know
     'wandb_id': '',
     'reference': '',  # the fingerprint of dpo's
 }
-measure = None  # the reference's checkpoint, where it is at hand, with all of its positions
+reference_checkpoint = None  # where it is at hand, with all of its positions
 if stage == 'dpo' and not resumes:
     reference = config['reference'] = reference or loaded_path
-    measure = loaded | {'model': dict(loaded['model'])} if reference == loaded_path else \
+    reference_checkpoint = loaded | {'model': dict(loaded['model'])} if reference == loaded_path else \
         reference_model.load(reference, tokenizer)
-    loop['reference'] = parallel.by_the_first(reference_model.fingerprint, measure)
+    loop['reference'] = parallel.by_the_first(reference_model.fingerprint, reference_checkpoint)
 begun_from, hardware = huggingface.public_name(init_from), f'{world_size} x {device_name(device)}'
 if loaded:
     if shape.pos == 'learned':
@@ -681,7 +690,7 @@ if goes_on:
     machines = loaded['hardware'].split(', then ') if loaded['hardware'] else []
     hardware = ', then '.join(machines if machines[-1:] == [hardware] else [*machines, hardware])
     if first_iter > max_iters:
-        raise UserError(f'max_iters={max_iters} is less than the {first_iter} steps that {loaded_path} has done')
+        raise UserError(f'max_iters={max_iters} is less than the {first_iter} steps that {loaded_path} has done; raise it')
     if loaded['data'] and loaded['data'] != manifests:
         say(f'changed: the token files of {dataset} are not those that the run began with')
 del loaded
@@ -691,8 +700,8 @@ micro_steps = share // micro_batch
 wants_compile = device.startswith('cuda') and not fsdp if compile == 'auto' else compile
 model, ddp_model = try_compile(raw_model) if wants_compile else (raw_model, wrap(raw_model))
 if stage == 'dpo':
-    measure_answers(measure)
-    del measure
+    add_reference_log_probs(reference_checkpoint)
+    del reference_checkpoint
 
 # ---- the loop
 
@@ -723,7 +732,7 @@ planned_memory = costs.memory(raw_model, micro_batch * rows.sides(stage), dtype,
 say(f'plan: memory {costs.in_words(planned_memory)}')
 first_steps, evaluation_time, planned_time = [], 0.0, None
 it = first_iter
-while True:
+while True:  # one round more than there are steps: it evaluates and saves the last
 
     # 1. evaluate, save, sample; a resumed run did so before it stopped
     last = it == max_iters
@@ -765,10 +774,10 @@ while True:
     n_targets = torch.full((), float(n_targets), device=device)
     if under_torchrun:
         dist.all_reduce(n_targets)
-    scale = world_size / n_targets.clamp(min=1)
+    scale = world_size / n_targets.clamp(min=1)  # DDP and FSDP average over the processes: times world_size is the sum again
     sums = torch.zeros(1 + len(REPORTED), device=device)  # the loss, and what else is reported
     for m, batch in enumerate(micro_batches):
-        torch.manual_seed(hash_ints(seed, it + loop['data_shift'], rank, m))  # of dropout
+        torch.manual_seed(hash_ints(seed, it + loop['data_shift'], rank, m))  # dropout's seed
         with parallel.local_gradients(ddp_model, wait=m < micro_steps - 1), autocast(device, dtype):
             loss, rewards = loss_of(ddp_model, *on_device(batch))
             loss = loss * scale
@@ -779,17 +788,17 @@ while True:
     if under_torchrun:
         dist.all_reduce(sums)
     grad_norm = grad_norm.full_tensor() if fsdp else grad_norm
-    loss, *rewards, grad_norm = torch.cat((sums / world_size, grad_norm[None])).tolist()  # waits
+    loss, *rewards, grad_norm = torch.cat((sums / world_size, grad_norm[None])).tolist()  # the only wait for the device
 
     # 3. step, unless its numbers are wrong: they are the same on all processes, and so is what is done
-    wrong = numbers.wrong(loss, grad_norm, scaler)
+    wrong = guard.wrong(loss, grad_norm, scaler)
     if not wrong:
         for group in opt.param_groups:
             group['lr'] = lr_at(it)
         scaler.step(opt)
     scaler.update()
     opt.zero_grad(set_to_none=True)
-    numbers.count(loss, grad_norm, wrong)
+    guard.record(loss, grad_norm, wrong)
 
     # 4. log
     measured += time.perf_counter() - step_started
@@ -799,7 +808,7 @@ while True:
         if len(first_steps) == 4:
             planned_time = plan_rest(it, first_steps, evaluation_time)
     if wrong:
-        report(iter=it, tokens=tokens_seen(it + 1), bad_steps=numbers.state['bad_steps'], wrong=wrong)
+        report(iter=it, tokens=tokens_seen(it + 1), bad_steps=guard.state['bad_steps'], wrong=wrong)
         say(f'iter {it}: step left out, {wrong}; its batch is in {keep_bad_batch(it, wrong, micro_batches)}')
     elif it % log_interval == 0:
         tok_per_sec = measured_tokens / measured
@@ -812,7 +821,7 @@ while True:
         say(f'iter {it}/{max_iters}: loss {loss:.4f}{more}, lr {lr_at(it):.2e}, norm {grad_norm:.2f}, '
             f"{tok_per_sec:,.0f} tok/s, mfu {f'{mfu:.1%}' if mfu else 'n/a'}, {int(left) // 60}:{int(left) % 60:02d} left")
         measured, measured_tokens = 0.0, 0
-    it = go_back(it, wrong) if numbers.state['bad_in_row'] >= max_bad_steps else it + 1
+    it = go_back(it, wrong) if guard.state['bad_in_row'] >= max_bad_steps else it + 1
 
 # ---- the end
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_model import FAMILIES, make
 
+from attention import KVCache
 from configurator import UserError
 from generation import (
     Sampling,
@@ -21,7 +22,6 @@ from generation import (
     until_stop,
     window_start,
 )
-from model import KVCache
 from tokenizer import ByteTokenizer
 
 FAMILIES = FAMILIES | {'mistral': FAMILIES['llama'] | {'sliding_window': 9}}

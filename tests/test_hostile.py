@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 import checkpoint
 import configurator
+import logs
 import torchfile
 from configurator import UserError
 from dataset import Split, read_meta, read_tokenizer
@@ -545,7 +546,7 @@ def test_a_log_that_is_none(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp('x')
     (folder / 'log.jsonl').write_text('{"iter": 1, "loss": 2.0}\n' + text + '\n', encoding='utf-8', errors='replace')
     error = refusal(checkpoint.read_log, str(folder), 5)
-    assert error or all(type(value) in (int, float) for record in checkpoint.read_log(str(folder), 5)
+    assert error or all(type(value) in (int, float) for record in logs.read_log(str(folder), 5)
                         for value in record.values())
 
 

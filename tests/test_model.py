@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+from attention import attention_in_blocks
 from huggingface import to_ours, to_theirs
-from model import ModelConfig, Transformer, attention_in_blocks
+from model import ModelConfig, Transformer
 
 TINY_GPT2 = dict(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_embd=32, bias=True)
 TINY_LLAMA = dict(block_size=32, vocab_size=96, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, n_inner=80, bias=False,
@@ -135,8 +136,8 @@ def test_ignored_targets_neither_count_nor_teach(family):
 
 def test_rotary_embeddings_see_distances_only():
     model = make(TINY_LLAMA)
-    angles = model.positions.angles(slice(0, 32))
-    q, k = (model.positions.rotate(x.expand(32, 1, 8), angles)[:, 0] for x in torch.randn(2, 8))  # (T, hs)
+    rotation = model.positions.rotation(slice(0, 32))
+    q, k = (model.positions.rotate(x.expand(32, 1, 8), rotation)[:, 0] for x in torch.randn(2, 8))  # (T, hs)
     products = q @ k.T  # (query position, key position)
     for distance in (0, 1, 9):
         diagonal = products.diagonal(-distance)
