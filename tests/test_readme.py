@@ -25,6 +25,10 @@ def test_commands_name_files_and_settings_that_exist(command):
     assert done.returncode == 0, done.stderr
 
 
+def test_nothing_waits_to_be_filled_in():
+    assert [page[:80] for page in [*PAGES, (ROOT / 'LOG.md').read_text()] if '@@' in page or 'TODO' in page] == []
+
+
 def test_files_it_names_exist():
     names = set(re.findall(r'`((?:config|data|tests)/[\w/]+\.\w+|\w+\.py|requirements[\w-]*\.txt)`|\]\(([\w./]+)\)', README))
     names = {a or b for a, b in names}

@@ -92,10 +92,16 @@ SCRIPTS = sorted(path for path in ROOT.glob('*.py') if re.search('^config = conf
 
 
 def settings_of(path):
-    """The names of the settings that a script has: its plain globals before `configure`."""
+    """{setting: default} of a script: its plain globals before `configure`."""
     code = path.read_text().split('\nconfig = configure(')[0]
-    return [node.targets[0].id for node in ast.parse(code).body
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
+    return {node.targets[0].id: node.value.value for node in ast.parse(code).body
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)}
+
+
+def test_the_page_begins_with_the_settings_of_sample():
+    page, sample = settings_of(ROOT / 'app.py'), settings_of(ROOT / 'sample.py')
+    shared = page.keys() & sample.keys()
+    assert len(shared) > 10 and {name: page[name] for name in shared} == {name: sample[name] for name in shared}
 
 
 @pytest.mark.parametrize('path', SCRIPTS, ids=lambda path: path.name)
