@@ -543,7 +543,7 @@ def on_device(batch):
     return (part.to(device, non_blocking=device.startswith('cuda')) for part in batch)  # pinned, so it may be read later
 
 
-# what a batch is divided by, and its loss, summed, with the sums of what else is reported: of targets, or of dpo's pairs
+# ---- what a stage minimises: what a batch is divided by, its loss, summed, and what else is reported, summed as well
 
 def count_targets(x, y, begins=None):
     return (y >= 0).sum()
@@ -560,6 +560,13 @@ def count_pairs(x, y, begins, log_probs):
 
 def loss_of_pairs(model, x, y, begins, log_probs, evaluates=False):
     return preference(model(x, y, reduction='none', begins=begins), begins, log_probs, beta, label_smoothing)
+
+
+OBJECTIVES = {
+    'pretrain': (count_targets, loss_of_targets, ()),
+    'sft': (count_targets, loss_of_targets, ()),
+    'dpo': (count_pairs, loss_of_pairs, ('chosen', 'rejected', 'accuracy')),
+}
 
 
 def named(rewards):
@@ -593,11 +600,7 @@ if branches:  # all that is left of it is decay, unless the command line says ot
     wsd_decay_iters = min(wsd_decay_iters, left) if config.source['wsd_decay_iters'] == 'command line' else left
     config |= {'lr_decay_iters': lr_decay_iters, 'wsd_decay_iters': wsd_decay_iters}
 check_settings()
-count, loss_of, REPORTED = {
-    'pretrain': (count_targets, loss_of_targets, ()),
-    'sft': (count_targets, loss_of_targets, ()),
-    'dpo': (count_pairs, loss_of_pairs, ('chosen', 'rejected', 'accuracy')),
-}[stage]
+count, loss_of, REPORTED = OBJECTIVES[stage]
 if stage == 'dpo' and resumes and reference != loaded['config'].get('reference'):
     raise UserError(f"reference='{reference}' was '{loaded['config'].get('reference')}' when the run began, and stays; leave "
                     'it out, or begin another run in another --out_dir')
