@@ -87,7 +87,7 @@ def fit(n, d, loss, resamples=400, seed=0):
 
     def best(starts, rows):
         return min((minimize(objective, start, (x[:, rows], target[rows]), method='L-BFGS-B', jac=True, bounds=bounds,
-                             options={'maxiter': 300}) for start in starts), key=lambda found: found.fun).x
+                             options={'maxiter': 100}) for start in starts), key=lambda found: found.fun).x
 
     def law(p):
         exponents = p[len(x) + 1:]

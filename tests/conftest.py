@@ -59,11 +59,6 @@ def run(script, *args, cwd, code=0, torchrun=0, **kwargs):
     return out, err
 
 
-def pytest_xdist_auto_num_workers(config):
-    """For `-n auto`: two a core, since tests wait half of their time, for processes, servers and clocks."""
-    return 2 * os.cpu_count()
-
-
 class Starter:
     """The process of starter.py."""
 

@@ -545,7 +545,7 @@ def test_a_tokenizer_with_another_value(data):
 def test_a_log_that_is_none(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp('x')
     (folder / 'log.jsonl').write_text('{"iter": 1, "loss": 2.0}\n' + text + '\n', encoding='utf-8', errors='replace')
-    error = refusal(checkpoint.read_log, str(folder), 5)
+    error = refusal(logs.read_log, str(folder), 5)
     assert error or all(type(value) in (int, float) for record in logs.read_log(str(folder), 5)
                         for value in record.values())
 
@@ -607,7 +607,7 @@ def test_more_layers_than_the_files_hold_are_not_made(theirs, monkeypatch):
     folder, config, weights = theirs
     (folder / 'model.safetensors').write_bytes(weights)
     (folder / 'config.json').write_text(json.dumps(config | {'num_hidden_layers': 4000}))
-    monkeypatch.setattr('huggingface._empty', lambda config: pytest.fail('made'))
+    monkeypatch.setattr(Transformer, 'without_weights', lambda config: pytest.fail('made'))
     assert 'config.json says 4000 layers, but the files hold 11 tensors' in refusal(checkpoint.load_model, str(folder))
     (folder / 'config.json').write_text(json.dumps(config))
 

@@ -157,8 +157,6 @@ def test_a_law_of_ones_own_runs(place):
     assert re.search(r'\nfit +', out) and 'SmolLM2' not in out
     assert "dataset = 'tiny'" in (place / 'own.py').read_text() and 'vocab_size = 257' in (place / 'own.py').read_text()
     assert '3 finished runs of 1 sizes and 3 lengths are too few' in plan('--fit=out/s_32_*', cwd=place, code=2)
-    run('train.py', *TINY, '--n_embd=32', '--max_iters=30', '--out_dir=out/s_32_30', cwd=place)
-    assert 'L(D) = E + B / D^beta' in plan('--fit=out/s_32_*', cwd=place)
 
 
 @pytest.mark.parametrize('args, words', [
@@ -189,5 +187,4 @@ def test_what_training_takes_is_planned_and_said(place):
     assert planned == pytest.approx(taken, rel=0.4)
     out = plan(*(arg for arg in args if not arg.startswith('--picture')), '--device_name=here', '--seconds=1', cwd=place)
     assert re.search(r'here, .*, \d+ GB: fits; .* at [\d,]+ tokens a second, measured', out)
-    assert 'here, ' in plan('--device_name=here', '--device_memory=0.001', cwd=place) and 'does not fit' in plan(
-        '--device_name=here', '--device_memory=0.001', cwd=place)
+    assert 'does not fit' in plan('--device_name=here', '--device_memory=0.001', cwd=place)
