@@ -47,11 +47,11 @@ class Config(dict):
         self.positional = []  # arguments that are no settings, where a script takes some
 
 
-def configure(settings, inherits=None, positional=''):
+def configure(settings, inherits=None, positional=False):
     """
     Resolves `settings` (a script's `globals()`) against sys.argv, writes the values back, and returns them as a Config. With
     `inherits`, the name of a script beside it, that script's settings are this one's too, where it has none of that name.
-    `positional`: what an argument without -- is, if not a config file; they are in `config.positional`.
+    `positional`: arguments without -- are no config files, but for the script, in `config.positional`.
 
     Raises UserError for a name that has no default, a value of another type, or a file that cannot be read.
     """

@@ -129,8 +129,8 @@ def tokens_to_come(done):
     return max(run.max_iters - done, 0) * tokens_per_step(), evaluations * evaluated
 
 
-def memory_on(model, dtype, room, on_cpu=False):
-    """(windows of a micro-batch as train.py cuts a step; bytes by part). batch_size=auto: the largest that fits into `room`."""
+def memory_on(device, model):
+    """(windows of a micro-batch as train.py cuts a step; bytes by part). batch_size=auto: the largest that fits."""
     total = run.batch_size * run.gradient_accumulation_steps
     if total % devices:
         raise UserError(f'devices={devices} cannot share a step of {total} windows (batch_size * gradient_accumulation_steps); '
@@ -138,9 +138,9 @@ def memory_on(model, dtype, room, on_cpu=False):
     share, auto = total // devices, 'batch_size' in config.auto
     for windows in range(share if auto else min(run.batch_size, share), 0, -1):
         if share % windows == 0:
-            parts = costs.memory(model, windows * rows.sides(run.stage), dtype, run.optimizer, on_cpu,
+            parts = costs.memory(model, windows * rows.sides(run.stage), device.dtype, run.optimizer, device.on_cpu,
                                  run.checkpoint_activations, devices if run.fsdp else 1, masked=run.stage != 'pretrain')
-            if not auto or fits(parts, room):
+            if not auto or fits(parts, device.room):
                 break
     return windows, parts
 
@@ -165,17 +165,18 @@ def describe():
               f'{difference(n, trained)} by a scaling law (Besiroglu et al. 2024)')
     optimizer = costs.memory(model, 1, 'float32', run.optimizer, on_cpu=False).get('optimizer', 0)
     print(f'checkpoint: {costs.short(4 * n + optimizer)}B, {run.keep_last} of them and the best are kept')
+    shown = device or find_device('A100')
+    windows, parts = memory_on(shown, model)
+    print(f'memory: {costs.in_words(parts)}; {windows} x {run.block_size} tokens at once, {shown.dtype}, {run.optimizer}')
     if device_name == 'here':
-        here(model, device, trained, evaluated)
+        print(here(device, model, windows, parts, trained, evaluated))
     elif device:
-        print(memory_line(model, device))
-        print(verdict(model, device, work))
+        print(verdict(device, parts, work))
     else:
-        print(memory_line(model, find_device('A100')))
         on_all = f' on {devices}' * (devices > 1)
         table = [('device', 'TFLOP/s', 'GB', 'precision', 'fits', f'time at {percent()} MFU{on_all}')]
         for device in map(find_device, DEVICES):
-            _, parts = memory_on(model, device.dtype, device.room)
+            _, parts = memory_on(device, model)
             table.append((device.name, f'{device.peak / 1e12:,.4g}', f'{device.room / 1e9:.0f}', device.dtype,
                           'yes' if fits(parts, device.room) else 'no', duration(seconds_on(device, work))))
         print(columns(table))
@@ -185,14 +186,8 @@ def in_layers(shape):
     return f'{shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide'
 
 
-def memory_line(model, device):
-    windows, parts = memory_on(model, device.dtype, device.room, device.on_cpu)
-    return f'memory: {costs.in_words(parts)}; {windows} x {run.block_size} tokens at once, {device.dtype}, {run.optimizer}'
-
-
-def verdict(model, device, work):
+def verdict(device, parts, work):
     """Whether the run fits on a device of the table, how long it takes there, and for how much."""
-    _, parts = memory_on(model, device.dtype, device.room)
     of = DEVICES[device.name][2]
     return (f'{devices} x {device.name}, {device.peak / 1e12:,.4g} TFLOP/s, {device.room / 1e9:.3g} GB: '
             f'{fitting(parts, device.room)}; {time_and_money(seconds_on(device, work))}, with an MFU of {percent()}' +
@@ -208,16 +203,14 @@ def fitting(parts, room):
         'does not fit (try a smaller batch_size with more gradient_accumulation_steps, or --checkpoint_activations)'
 
 
-def here(model, device, trained, evaluated):
-    """Measures training on this machine, and prints what the run takes here."""
-    windows, parts = memory_on(model, device.dtype, device.room, device.on_cpu)
-    print(memory_line(model, device))
+def here(device, model, windows, parts, trained, evaluated):
+    """Whether the run fits on this machine, and, measured, how long it takes."""
     words = f'{device.name}, {device.room / 1e9:.0f} GB: {fitting(parts, device.room)}'
     if fits(parts, device.room):
         rate, evaluation_rate, measured = measure(model.config, windows, device.dtype)
         took = (trained / rate + evaluated / evaluation_rate) / devices
         words += (f'; {time_and_money(took)} at {rate:,.0f} tokens a second, measured ({measured} x {run.block_size} at once)')
-    print(words)
+    return words
 
 
 def measure(shape, most_windows, dtype):

@@ -16,7 +16,7 @@ x = 'tokens'  # step | tokens | time | flops: what the curves are drawn over
 smoothing = 0.04  # share of a curve over which it is averaged; 0 = single steps only
 text = False  # draw in the terminal instead
 # ----
-config = configure(globals(), positional='folders of runs')
+config = configure(globals(), positional=True)
 
 import os
 

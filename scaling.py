@@ -7,7 +7,7 @@ text; the two terms are what a model of finite size and a training of finite len
 """
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -87,7 +87,7 @@ def fit(n, d, loss, resamples=400, seed=0):
 
     def best(starts, rows):
         return min((minimize(objective, start, (x[:, rows], target[rows]), method='L-BFGS-B', jac=True, bounds=bounds,
-                             options={'maxiter': 100}) for start in starts), key=lambda found: found.fun).x
+                             options={'maxiter': 300}) for start in starts), key=lambda found: found.fun).x
 
     def law(p):
         exponents = p[len(x) + 1:]
@@ -116,7 +116,5 @@ def interval(values, share=0.8):
 
 def constants(law, spread):
     """{name: (value, lowest, highest)} of a fitted law, with the middle 80% of its resamples."""
-    columns = list(zip(*map(astuple, spread)))
-    names = [name for name in ('E', 'A', 'B', 'alpha', 'beta') if law.A or name not in ('A', 'alpha')]
-    place = {name: i for i, name in enumerate(Law.__annotations__)}
-    return {name: (getattr(law, name), *interval(columns[place[name]])) for name in names}
+    names = [name for name in Law.__annotations__ if law.A or name not in ('A', 'alpha')]
+    return {name: (getattr(law, name), *interval(getattr(other, name) for other in spread)) for name in names}
