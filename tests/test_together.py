@@ -12,9 +12,9 @@ from test_stages import TALK
 from test_stages import talks as conversations_and_models
 from test_train import assert_same, checkpoint
 
-SMALL = ('--n_layer=1 --n_head=2 --n_kv_head=2 --n_embd=32 --n_inner=32 --vocab_size=300 --block_size=64 --stride=0 '
-         '--batch_size=2 --gradient_accumulation_steps=1 --max_iters=1 --wsd_decay_iters=0 --eval_iters=1 --sample_tokens=5 '
-         '--picture=False --device=cpu').split()
+# every recipe made small by config/small.py, and one step of it
+ONE_STEP = ['--max_iters=1', '--warmup_iters=0', '--batch_size=2', '--gradient_accumulation_steps=1', '--eval_iters=1',
+            '--sample_tokens=5', '--picture=False', '--device=cpu']
 talks = conversations_and_models  # the fixture
 RECIPES = sorted(path.name for path in ROOT.glob('config/*.py'))
 
@@ -62,10 +62,14 @@ def test_a_padded_vocabulary_is_exported_and_writes_the_same(place):
     assert tokenizer.decode(ids[0]) == ours.rstrip('\n') and model.config.vocab_size == 257
 
 
+def one_step(recipe, *flags, cwd):
+    text, _ = run('train.py', str(ROOT / 'config' / recipe), str(ROOT / 'config' / 'small.py'), *ONE_STEP, *flags, cwd=cwd)
+    assert 'done: 1 iters' in text and 'iter 1: val_loss' in text
+
+
 @pytest.mark.parametrize('recipe', [name for name in RECIPES if not re.search('sft|dpo|finetune', name)])
 def test_a_recipe_starts(recipe, place):
-    text, _ = run('train.py', str(ROOT / 'config' / recipe), *SMALL, '--dataset=tiny', cwd=place)
-    assert 'done: 1 iters' in text and 'iter 1: val_loss' in text
+    one_step(recipe, '--dataset=tiny', cwd=place)
 
 
 def test_recipes_that_begin_from_a_model_start(talks, tmp_path):
@@ -74,16 +78,11 @@ def test_recipes_that_begin_from_a_model_start(talks, tmp_path):
     begun = []
     for family in ('minueza32m', 'owl'):
         for part, data in (('base', 'tiny'), ('sft', 'talk'), ('dpo', 'pairs')):
-            shape = SMALL if part == 'base' else [flag for flag in SMALL if not re.match('--(n_|vocab)', flag)]
-            text, _ = run('train.py', str(ROOT / 'config' / f'{family}_{part}.py'), *shape, f'--dataset={data}',
-                          '--block_size=96', cwd=tmp_path)  # as the conversations are packed
-            assert 'done: 1 iters' in text
+            one_step(f'{family}_{part}.py', f'--dataset={data}', '--block_size=96', cwd=tmp_path)  # as the talk is packed
             begun.append(f'{family}_{part}.py')
     run('export.py', '--out_dir=out/owl_base', '--hf_dir=hf', cwd=tmp_path)
     for recipe in ('finetune_gpt2.py', 'finetune_smollm2.py'):
-        flags = [flag for flag in SMALL if not re.match('--(n_|vocab)', flag)]
-        text, _ = run('train.py', str(ROOT / 'config' / recipe), *flags, '--init_from=hf', '--dataset=tiny', cwd=tmp_path)
-        assert 'done: 1 iters' in text
+        one_step(recipe, '--init_from=hf', '--dataset=tiny', '--block_size=96', cwd=tmp_path)
         begun.append(recipe)
     assert {name for name in RECIPES if re.search('sft|dpo|finetune', name)} <= set(begun)
 
