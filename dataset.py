@@ -280,6 +280,25 @@ def split_of(meta, name, split, block_size, stride):
     return Rows(name, split, block_size) if 'stage' in meta else Split(name, split, block_size, stride)
 
 
+def open_data(names, stage, block_size, stride):
+    """
+    The data sets' manifests, train splits, and validation splits by name. Raises UserError for a set of another stage, or with
+    another tokenizer than the first.
+    """
+    metas = [read_meta(name) for name in names]
+    for name, meta in zip(names, metas):
+        made_for = meta.get('stage', 'pretrain')
+        if made_for != stage:
+            raise UserError(f"stage='{stage}', but data set {name} was prepared for --stage={made_for}; train with that, or "
+                            f'prepare it again with --stage={stage}')
+        if meta['tokenizer']['fingerprint'] != metas[0]['tokenizer']['fingerprint']:
+            raise UserError(f"data set {names[0]} was prepared with tokenizer {metas[0]['tokenizer']['name']}, "
+                            f"{name} with {meta['tokenizer']['name']}; a mixture needs one tokenizer")
+    has_val = {name: any(file.startswith('val') for file in meta['files']) for name, meta in zip(names, metas)}
+    return (metas, [split_of(meta, name, 'train', block_size, stride) for name, meta in zip(names, metas)],
+            {name: split_of(meta, name, 'val', block_size, block_size) for name, meta in zip(names, metas) if has_val[name]})
+
+
 def _check_size(path, dtype, entry):
     """The file with that many elements as the manifest says."""
     if not os.path.isfile(path):

@@ -26,6 +26,19 @@ def distributed():
                  (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 
 
+def share_step(batch_size, gradient_accumulation_steps, processes):
+    """
+    (windows in a step, however many processes there are; windows of it for each; numbers of windows that a micro-batch of it
+    may have, the largest first). Raises UserError where the windows do not divide.
+    """
+    total = batch_size * gradient_accumulation_steps
+    if total % processes:
+        raise UserError(f'batch_size {batch_size} * gradient_accumulation_steps {gradient_accumulation_steps} = {total} '
+                        f'windows do not divide over {processes} processes; make the product a multiple of {processes}')
+    share = total // processes
+    return total, share, [n for n in range(share, 0, -1) if share % n == 0]
+
+
 def start(backend, device):
     """Joins this process to those that torchrun started; they wait for each other up to an hour."""
     global host

@@ -48,6 +48,7 @@ import torch
 
 import checkpoint
 import costs
+import parallel
 import rows
 import scaling
 from curves import columns, import_pyplot, save
@@ -131,13 +132,10 @@ def tokens_to_come(done):
 
 def memory_on(device, model):
     """(windows of a micro-batch as train.py cuts a step; bytes by part). batch_size=auto: the largest that fits."""
-    total = run.batch_size * run.gradient_accumulation_steps
-    if total % devices:
-        raise UserError(f'devices={devices} cannot share a step of {total} windows (batch_size * gradient_accumulation_steps); '
-                        f'choose a product that is a multiple of {devices}')
-    share, auto = total // devices, 'batch_size' in config.auto
-    for windows in range(share if auto else min(run.batch_size, share), 0, -1):
-        if share % windows == 0:
+    _, _, sizes = parallel.share_step(run.batch_size, run.gradient_accumulation_steps, devices)
+    auto = 'batch_size' in config.auto
+    for windows in sizes:
+        if auto or windows <= run.batch_size:
             parts = costs.memory(model, windows * rows.sides(run.stage), device.dtype, run.optimizer, device.on_cpu,
                                  run.checkpoint_activations, devices if run.fsdp else 1, masked=run.stage != 'pretrain')
             if not auto or fits(parts, device.room):

@@ -297,7 +297,8 @@ def summarize(target, meta):
                 print(f"{what}: {documents:,} {what_is} in {tokens // meta['block_size']:,} rows of {meta['block_size']:,} "
                       f'tokens, {taught:,} of them taught')
             else:
-                print(f'{what}: {tokens:,} tokens, {documents:,} documents, {n_bytes:,} bytes')
+                of = f'{documents:,} document{"s" * (documents > 1)}' if documents else 'a part of one document'
+                print(f'{what}: {tokens:,} tokens, {of}, {n_bytes:,} bytes')
     if 'stage' in meta and not any(file.startswith('val') for file in meta['files']):
         print('note: there is nothing for validation')
 

@@ -115,7 +115,7 @@ import parallel
 import reference as reference_model
 import rows
 import run_folder
-from dataset import TrainingOrder, folder_of, hash_ints, parse_mix, read_ahead, read_meta, read_tokenizer, split_of, val_batches
+from dataset import TrainingOrder, folder_of, hash_ints, open_data, parse_mix, read_ahead, read_tokenizer, val_batches
 from device import autocast, device_name, most_that_fit, not_compiled, peak_flops, pick_device, pick_dtype, set_up, synchronize
 from device import peak_memory as memory_taken
 from files import write_whole
@@ -208,22 +208,6 @@ def prepare_missing(names):
                 raise UserError(f'data/{name} could not be prepared on its own; run: python prepare.py data/{name}.py')
 
 
-def open_data(names):
-    """The data sets' manifests (which must share a tokenizer), train splits, and validation splits by name."""
-    metas = [read_meta(name) for name in names]
-    for name, meta in zip(names, metas):
-        made_for = meta.get('stage', 'pretrain')
-        if made_for != stage:
-            raise UserError(f"stage='{stage}', but data set {name} was prepared for --stage={made_for}; train with that, or "
-                            f'prepare it again with --stage={stage}')
-        if meta['tokenizer']['fingerprint'] != metas[0]['tokenizer']['fingerprint']:
-            raise UserError(f"dataset='{dataset}': {names[0]} was prepared with tokenizer {metas[0]['tokenizer']['name']}, "
-                            f"{name} with {meta['tokenizer']['name']}; a mixture needs one tokenizer")
-    has_val = {name: any(file.startswith('val') for file in meta['files']) for name, meta in zip(names, metas)}
-    return (metas, [split_of(meta, name, 'train', block_size, stride) for name, meta in zip(names, metas)],
-            {name: split_of(meta, name, 'val', block_size, block_size) for name, meta in zip(names, metas) if has_val[name]})
-
-
 def choose_tokenizer(own, meta):
     """
     The run's tokenizer, and the special tokens that only the data's has. It is the data's for a new model and for one that is
@@ -266,15 +250,6 @@ def check_settings():
         raise UserError(f'wsd_decay_iters={wsd_decay_iters} is more than the {lr_decay_iters or max_iters} steps of the run')
 
 
-def share_batch():
-    """(windows in a step, windows that a process has of it); the first does not depend on the processes."""
-    total = batch_size * gradient_accumulation_steps
-    if total % world_size:
-        raise UserError(f'batch_size {batch_size} * gradient_accumulation_steps {gradient_accumulation_steps} = {total} '
-                        f'windows do not divide over {world_size} processes; make the product a multiple of {world_size}')
-    return total, total // world_size
-
-
 def try_gradient(model, windows):
     """A step's gradient of so many windows, for what it takes."""
     batch = on_device(map(torch.from_numpy, order.batch(0, range(windows))))
@@ -287,12 +262,11 @@ def try_gradient(model, windows):
 
 
 def largest_micro_batch():
-    """The most windows at once, of those that divide a process's share of the step, that every process has memory for."""
+    """The largest of `micro_sizes` that every process has memory for."""
     # bytes to come: gradients that stay from one micro-step to the next, and moments, which a former run's optimizer has
     later = (4 if goes_on else 12) + (12 if device == 'cpu' else 0)  # the second, the copy that is being saved
     later *= sum(p.numel() for p in raw_model.parameters())
-    sizes = [n for n in range(1, share + 1) if share % n == 0]
-    n = torch.tensor(most_that_fit(sizes, lambda n: try_gradient(raw_model, n), device, later), device=device)
+    n = torch.tensor(most_that_fit(micro_sizes[::-1], lambda n: try_gradient(raw_model, n), device, later), device=device)
     if under_torchrun:
         dist.all_reduce(n, dist.ReduceOp.MIN)
     if n == 0:
@@ -620,14 +594,14 @@ set_up(device)
 
 # ---- data
 
-total_batch, share = share_batch()
+total_batch, share, micro_sizes = parallel.share_step(batch_size, gradient_accumulation_steps, world_size)
 tokens_per_step = total_batch * block_size * rows.sides(stage)
 names, weights = parse_mix(dataset)
 if local_rank == 0:
     prepare_missing(names)
 if under_torchrun:
     dist.barrier()
-metas, train_splits, val_splits = open_data(names)
+metas, train_splits, val_splits = open_data(names, stage, block_size, stride)
 meta = metas[0]
 learns_to_chat = stage == 'sft' and not resumes  # in the data's template, with its special tokens
 tokenizer, unknown = choose_tokenizer(loaded and tokenizer_from_state(loaded['tokenizer']), meta)
@@ -697,8 +671,7 @@ if goes_on:
     if loaded['data'] and loaded['data'] != manifests:
         say(f'changed: the token files of {dataset} are not those that the run began with')
 del loaded
-micro_batch = largest_micro_batch() if 'batch_size' in config.auto else next(
-    n for n in range(min(batch_size, share), 0, -1) if share % n == 0)
+micro_batch = largest_micro_batch() if 'batch_size' in config.auto else next(n for n in micro_sizes if n <= batch_size)
 micro_steps = share // micro_batch
 wants_compile = device.startswith('cuda') and not fsdp if compile == 'auto' else compile
 model, ddp_model = try_compile(raw_model) if wants_compile else (raw_model, wrap(raw_model))
@@ -794,10 +767,10 @@ while True:  # one round more than there are steps: it evaluates and saves the l
     loss, *rewards, grad_norm = torch.cat((sums / world_size, grad_norm[None])).tolist()  # the only wait for the device
 
     # 3. step, unless its numbers are wrong: they are the same on all processes, and so is what is done
-    wrong = guard.wrong(loss, grad_norm, scaler)
+    wrong, lr = guard.wrong(loss, grad_norm, scaler), lr_at(it)
     if not wrong:
         for group in opt.param_groups:
-            group['lr'] = lr_at(it)
+            group['lr'] = lr
         scaler.step(opt)
     scaler.update()
     opt.zero_grad(set_to_none=True)
@@ -818,10 +791,10 @@ while True:  # one round more than there are steps: it evaluates and saves the l
         mfu = raw_model.flops_per_token() * tok_per_sec / (peak * world_size) if peak else None
         so_far = time.perf_counter() - started
         left = (max_iters - it - 1) * tokens_per_step / tok_per_sec
-        report(iter=it, tokens=tokens_seen(it + 1), loss=loss, **named(rewards), lr=lr_at(it), grad_norm=grad_norm,
+        report(iter=it, tokens=tokens_seen(it + 1), loss=loss, **named(rewards), lr=lr, grad_norm=grad_norm,
                tok_per_sec=tok_per_sec, mfu=mfu, time=elapsed + so_far)
         more = ''.join(f', {key} {value:.3f}' for key, value in named(rewards).items())
-        say(f'iter {it}/{max_iters}: loss {loss:.4f}{more}, lr {lr_at(it):.2e}, norm {grad_norm:.2f}, '
+        say(f'iter {it}/{max_iters}: loss {loss:.4f}{more}, lr {lr:.2e}, norm {grad_norm:.2f}, '
             f"{tok_per_sec:,.0f} tok/s, mfu {f'{mfu:.1%}' if mfu else 'n/a'}, {int(left) // 60}:{int(left) % 60:02d} left")
         measured, measured_tokens = 0.0, 0
     it = go_back(it, wrong) if guard.state['bad_in_row'] >= max_bad_steps else it + 1

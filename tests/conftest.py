@@ -47,14 +47,9 @@ def launcher(torchrun):
     return ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={torchrun}'] if torchrun else []
 
 
-def run(script, *args, cwd, code=0, torchrun=0, **kwargs):
+def run(script, *args, cwd, code=0, torchrun=0, env=None):
     """Runs one of our scripts to its end, expects that exit code, and returns what it printed (stdout, stderr)."""
-    if kwargs:
-        process = start(script, *args, cwd=cwd, torchrun=torchrun, **kwargs)
-        out, err = process.communicate(timeout=300)
-        returned = process.returncode
-    else:
-        returned, out, err = starter().run([*launcher(torchrun), str(ROOT / script), *args], cwd)
+    returned, out, err = starter().run([*launcher(torchrun), str(ROOT / script), *args], cwd, env or {})
     assert returned == code, f'exit code {returned}\n{out}\n{err}'
     return out, err
 
@@ -67,10 +62,10 @@ class Starter:
         self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
-    def run(self, args, cwd):
+    def run(self, args, cwd, env):
         """Runs a script to its end; its exit code, stdout and stderr. Raises TimeoutError after 300 seconds."""
         with tempfile.NamedTemporaryFile('r') as out, tempfile.NamedTemporaryFile('r') as err:
-            env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+            env = {**os.environ, 'OMP_NUM_THREADS': '1'} | env
             print(json.dumps({'args': args, 'cwd': str(cwd), 'env': env, 'out': out.name, 'err': err.name}),
                   file=self.process.stdin, flush=True)
             if not select.select([self.process.stdout], [], [], 300)[0]:

@@ -163,7 +163,7 @@ def test_a_law_of_ones_own_runs(place):
     ('--device_name=h10', 'is none of B200, H200'), ('--dollars=5', 'dollars=5 needs a --device_name and a --price'),
     ('--flops=1e17 --hours=3', 'flops and hours are budgets'), ('--fit=out/none*', 'finds no finished run'),
     ('--law=fit --flops=1e17', "law='fit' needs runs"), ('--mfu=35', 'mfu=35.0 is a share of the peak'),
-    ('--devices=3', 'devices=3 cannot share a step of 16 windows'),
+    ('--devices=3', '= 16 windows do not divide over 3 processes; make the product a multiple of 3'),
     ('--flops=1e17 --plot=a.gif2', "a picture's name ends with"),
     ('--flops=1e17 --write=no/such.py', 'is no name for a Python file in a folder that is there'),
     ('--dataset=unknown', 'is not prepared here; give a number'),
