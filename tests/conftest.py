@@ -24,6 +24,13 @@ if CACHE.is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(CACHE))
 os.environ['WANDB_MODE'] = 'offline'
 
+
+
+def pytest_xdist_auto_num_workers():
+    """What `-n auto` means: a worker more than there are cores, since there are tests that wait for servers and timeouts."""
+    return (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()) + 1
+
+
 # a model small enough that a run takes seconds, on text small enough to be prepared in one
 TINY = ('--dataset=tiny --device=cpu --dtype=float32 --block_size=16 --batch_size=4 --n_layer=2 --n_head=4 --n_kv_head=2 '
         '--n_embd=32 --max_iters=20 --eval_interval=10 --eval_iters=2 --log_interval=1 --sample_interval=0 '
