@@ -96,6 +96,7 @@ def at_rest(process):
     raise AssertionError('the server computes on')
 
 
+@pytest.mark.slow
 def test_texts_stream_and_stop_and_checkpoints_are_chosen(tiny, browser):
     with served(*ENDLESS, cwd=tiny) as (process, address):
         page = opened(browser, address)
@@ -127,6 +128,7 @@ def test_texts_stream_and_stop_and_checkpoints_are_chosen(tiny, browser):
         assert page.elsewhere == []
 
 
+@pytest.mark.slow
 def test_two_users_take_turns_and_have_models_of_their_own(tiny, browser):
     with served(*ENDLESS, cwd=tiny) as (process, address):
         one, other = opened(browser, address), opened(browser, address)
@@ -151,6 +153,7 @@ def test_two_users_take_turns_and_have_models_of_their_own(tiny, browser):
         one.close(), other.close()
 
 
+@pytest.mark.slow
 def test_a_chat_remembers_until_it_is_reset(taught, browser):  # noqa: F811
     with served('--out_dir=out/chats', '--device=cpu', '--temperature=0', cwd=taught) as (_, address):
         page = opened(browser, address)

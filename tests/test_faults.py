@@ -31,6 +31,7 @@ def saved(out_dir, name='ckpt.pt'):
 
 # ---- interruptions
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, torchrun', [('SIGTERM', 0), ('SIGINT', 0), ('SIGTERM', 2)])
 def test_a_signal_ends_the_step_and_saves_and_nothing_is_lost(place, name, torchrun):
     """Whatever was due at that step, an evaluation here, is left to the run that goes on."""
@@ -59,6 +60,7 @@ def test_a_second_signal_stops_at_once(place):
     assert not (place / 'out' / 'tiny' / 'ckpt.pt').exists()
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_killed_worker_again_and_the_curve_is_the_same(place):
     args = [*TINY, '--max_iters=120', '--checkpoint_interval=10', '--init_from=auto', '--dropout=0.1']
     run('train.py', *args, '--out_dir=out/whole', cwd=place, torchrun=2)
@@ -119,6 +121,7 @@ def fill(disk):
             f.write(bytes(1024))
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_no_run(place, tmp_path_factory):
     """A file system of its own, filled up while the run goes on, and emptied again."""
     disk = tmp_path_factory.mktemp('disk')
@@ -208,6 +211,7 @@ def test_the_best_is_never_replaced_by_a_worse_one(place):
 
 # ---- away from the machine
 
+@pytest.mark.slow
 def test_a_bare_machine_goes_on_from_the_mirror(place, s3):
     """The best comes along too; a local checkpoint that is damaged altogether is replaced by the mirror's."""
     args = [*TINY, '--max_iters=40', '--checkpoint_interval=5', '--init_from=auto']
@@ -231,6 +235,7 @@ def test_a_bare_machine_goes_on_from_the_mirror(place, s3):
     assert 'fetched from the mirror, step 40' in text and 'resumed at iter 40' in text
 
 
+@pytest.mark.slow
 def test_a_mirror_that_is_away_stops_nothing_and_gets_all_when_it_is_back(place, s3):
     args = [*TINY, '--max_iters=60', '--checkpoint_interval=5', f'--mirror={s3.url}']
     process = start('train.py', *args, cwd=place)

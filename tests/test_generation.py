@@ -297,6 +297,7 @@ def test_weights_made_ready_give_the_same_logits(family, dtype, close):
         assert (cached - found).std() < close * expected.std()
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize('family', ['gpt2', 'mistral'])
 def test_compiled_equals_uncompiled(family, capfd):

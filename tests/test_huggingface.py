@@ -460,6 +460,7 @@ def test_a_name_that_is_nowhere(tmp_path):
 
 # ---- the scripts
 
+@pytest.mark.slow
 def test_a_model_from_there_is_sampled_fine_tuned_and_exported(place):
     """GPT-2 with its own tokenizer, of another context, on data that prepare.py made with tiktoken's gpt2."""
     pytest.importorskip('tokenizers')

@@ -141,6 +141,7 @@ def test_a_fit_finds_the_law_behind_the_runs():
     assert alone.A == 0 and alone.loss(1e7, 1e11) == pytest.approx(law.loss(1e7, 1e11), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_law_of_ones_own_runs(place):
     """Nine real runs, and a larger one that the fit has not seen."""
     for width in (16, 32, 64):
@@ -175,6 +176,7 @@ def test_refused(args, words, tmp_path):
     assert words in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_what_training_takes_is_planned_and_said(place):
     """In a process of its own, whose memory is its own. No clock is asked: LOG.md has how near the time comes."""
     args = [*TINY, *GPT2, '--n_embd=128', '--n_layer=4', '--block_size=128', '--batch_size=32', '--max_iters=5']

@@ -142,6 +142,7 @@ def write_sources(folder):
             'hub': '--source=hf:hub --subset=most'}
 
 
+@pytest.mark.slow
 def test_every_form_of_source_gives_the_same_documents_on_the_same_side(tmp_path):
     tok = load_tokenizer('bytes')
     pytest.importorskip('datasets')
@@ -198,6 +199,7 @@ def test_the_result_does_not_depend_on_the_number_of_workers(many, uninterrupted
     assert checksums(tmp_path) == uninterrupted
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(many, uninterrupted, tmp_path):
     """Killed again and again, each time a little later, until it is done; the workers die with the parent."""
     work, seen = tmp_path / 'data' / 'x.unfinished', set()
@@ -264,6 +266,7 @@ def test_a_full_disk_is_said_and_the_work_goes_on_when_there_is_room(many, unint
         subprocess.run(['umount', str(tmp_path)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/self/task'), reason='peak memory is read from /proc, which is not here')
 def test_memory_does_not_grow_with_the_text(tmp_path):
     """The peak of all processes for one document of 250 MB is within 60 MB of that for one of 100 MB."""

@@ -40,6 +40,7 @@ def test_the_files_section_lists_every_script():
     assert {path.name for path in ROOT.glob('*.py')} == set(re.findall(r'`(\w+\.py)`', table))
 
 
+@pytest.mark.slow
 def test_the_quick_start_runs(tmp_path):
     """`python train.py` and `python sample.py` from nothing, cut short."""
     assert 'python train.py' in COMMANDS

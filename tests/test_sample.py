@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, TINY, losses, run
 
 
+@pytest.mark.slow
 def test_the_owl_is_recited_from_its_first_words(place):
     """config/mini_owl.py as written, then greedy sampling, from the checkpoint alone."""
     run('train.py', str(ROOT / 'config' / 'mini_owl.py'), '--sample_interval=0', cwd=place)
@@ -53,6 +54,7 @@ def test_stops_lengths_and_what_is_said_of_the_context(place):
     assert notes == 'note: the prompt has 50 tokens, and the model sees 16: the first 36 are left out\n'
 
 
+@pytest.mark.slow
 def test_bench_prints_the_speed_of_training_first(place):
     pytest.importorskip('transformers')
     out, _ = run('bench.py', *TINY, '--vs=transformers', '--rounds=2', '--steps=3', cwd=place)

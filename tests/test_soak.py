@@ -4,6 +4,7 @@ import pytest
 import soak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('processes', [1, 2])
 def test_killed_at_random_moments_nothing_is_lost_and_nothing_differs(place, s3, processes):
     s3.kill()  # soak starts its own

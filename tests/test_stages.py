@@ -336,6 +336,7 @@ def test_chunks_give_the_same_nats():
 
 # ---- training
 
+@pytest.mark.slow
 def test_sft_learns_to_answer_and_to_stop(place):
     text, _ = run('train.py', *TALK, *SFT, '--max_iters=300', '--batch_size=8', '--learning_rate=1e-2',
                   '--sample_interval=300', '--eval_interval=100',

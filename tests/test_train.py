@@ -260,6 +260,7 @@ def test_mixed_precision_comes_close_to_float32(place, dtype):
     assert bool(scaler) == (dtype == 'float16') and all(p.dtype == torch.float32 for p in model.values())
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager_or_says_why_not(place, tmp_path):
     run('train.py', *TINY, cwd=place)
     broken = {'CXX': str(tmp_path / 'none'), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)}  # which torch reads when imported
