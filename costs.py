@@ -32,8 +32,9 @@ def memory(model, windows, dtype, optimizer, on_cpu, checkpoint_activations=Fals
         'optimizer': moments // shares,
         'weights in ' + dtype: 2 * matrices if width == 2 else 0,  # which autocast keeps for the step
         'activations': tokens * (kept + norms * c.n_embd + masked * c.block_size),
-        # in float32 as they are, their logarithms of probabilities, and the gradient
-        'logits': 12 * min(logits, CHUNK) + (4 * c.vocab_size * c.n_embd if logits > CHUNK else 0),
+        # in float32 as they are, their logarithms of probabilities, and the gradient; a CPU's process keeps what it frees, and
+        # blocks so large and of several sizes do not fit into each other's places: 20 to 25 bytes were measured (LOG.md)
+        'logits': (22 if on_cpu else 12) * min(logits, CHUNK) + (4 * c.vocab_size * c.n_embd if logits > CHUNK else 0),
     }
     if on_cpu:
         parts |= {'checkpoint, while it is saved': 4 * n + moments, 'process': PROCESS}

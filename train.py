@@ -66,7 +66,7 @@ zero_init = False  # what writes into the residual stream starts at zero
 # ---- optimizer (optim.py)
 optimizer = 'adamw'  # adamw | adam | sgd | muon | adamw8bit: muon is for the blocks' matrices, and AdamW takes the rest
 criterion = 'cross_entropy'  # cross_entropy | mse | mae: what training minimises; evaluations are cross-entropy
-learning_rate = 8e-3  # the highest
+learning_rate = 4e-3  # the highest
 max_iters = 1200  # steps
 weight_decay = 0.1  # on matrices only
 momentum = 0.95  # of muon and sgd

@@ -4,7 +4,7 @@ Fine-tunes OpenAI's GPT-2 (124M) on a text of your own; Shakespeare, for a start
     python prepare.py data/shakespeare.py --tokenizer=gpt2 --name=shakespeare_gpt2
     python train.py config/finetune_gpt2.py
     python train.py config/finetune_gpt2.py --dataset=mine --out_dir=out/mine_gpt2         # your text, prepared with gpt2
-    python train.py config/finetune_gpt2.py --init_from=gpt2-xl --batch_size=1 --gradient_accumulation_steps=32
+    python train.py config/finetune_gpt2.py --init_from=gpt2-xl --batch_size=1 --gradient_accumulation_steps=32 --out_dir=out/xl
 
 Source: nanoGPT's config/finetune_shakespeare.py for the learning rate, the 32,768 tokens a step and the few steps (there
 on GPT-2 XL and constant; here it falls along a line). The shape comes with the weights; what is set here is only how to

@@ -1,9 +1,14 @@
-"""
+r"""
 Fine-tunes SmolLM2-135M (or another Llama or Mistral of the hub) on a text of your own.
 
     python prepare.py --source=PATH --tokenizer=HuggingFaceTB/SmolLM2-135M --name=mine_smollm2 --val_fraction=0.1
     python train.py config/finetune_smollm2.py --dataset=mine_smollm2
-    python train.py config/finetune_smollm2.py --init_from=TinyLlama/TinyLlama-1.1B-Chat-v1.0     # data by its tokenizer
+
+Another model has another tokenizer, so the text is prepared anew:
+
+    python prepare.py --source=PATH --tokenizer=TinyLlama/TinyLlama-1.1B-Chat-v1.0 --name=mine_tinyllama --val_fraction=0.1
+    python train.py config/finetune_smollm2.py --init_from=TinyLlama/TinyLlama-1.1B-Chat-v1.0 --dataset=mine_tinyllama \
+        --out_dir=out/finetune_tinyllama
 
 SmolLM2 reaches over 8192 tokens; the model that comes out of this reaches over the 1024 it was tuned in, unless block_size
 says more. The learning rate, a thirtieth of SmolLM2's own 3e-3, is this recipe's choice. Compare best.pt with the model it

@@ -1,4 +1,4 @@
-"""
+r"""
 Minueza-32M, a Mistral-shaped model of 32,792,760 parameters, made to chat in a browser: its pre-training.
 
     python train.py config/minueza32m_base.py
@@ -12,7 +12,7 @@ warm-up and betas are this recipe's own. Its tokenizer is Mistral's with the two
 ends texts too.
 
     python prepare.py data/openwebtext.py --tokenizer=Felladrin/Minueza-32M-Base --name=minueza_openwebtext
-    python prepare.py --source=hf:wikimedia/wikipedia --subset=20231101.simple --tokenizer=data/minueza_openwebtext \\
+    python prepare.py --source=hf:wikimedia/wikipedia --subset=20231101.simple --tokenizer=data/minueza_openwebtext \
         --val_fraction=0.001 --name=minueza_wikipedia
 
 The other seven are prepared like the second, and named in `dataset` with their weights.

@@ -1,4 +1,4 @@
-"""
+r"""
 Minueza-32M, third part: direct preference optimization (Rafailov et al. 2023).
 
     python train.py config/minueza32m_dpo.py
@@ -13,12 +13,12 @@ and Adam's betas are this recipe's own. Here a row of 2048 tokens holds as many 
 
 Begins from what config/minueza32m_sft.py trains. Three of the sets, in the forms that they have on the hub:
 
-    python prepare.py --stage=dpo --block_size=2048 --tokenizer=data/minueza_ultrachat --val_fraction=0.01 \\
+    python prepare.py --stage=dpo --block_size=2048 --tokenizer=data/minueza_ultrachat --val_fraction=0.01 \
         --source=hf:argilla/distilabel-capybara-dpo-7k-binarized --name=minueza_capybara
-    python prepare.py --stage=dpo --block_size=2048 --tokenizer=data/minueza_ultrachat --val_fraction=0.01 \\
+    python prepare.py --stage=dpo --block_size=2048 --tokenizer=data/minueza_ultrachat --val_fraction=0.01 \
         --source=hf:argilla/distilabel-intel-orca-dpo-pairs --fields=prompt=input --name=minueza_orca
-    python prepare.py --stage=dpo --block_size=2048 --tokenizer=data/minueza_ultrachat --val_fraction=0.01 \\
-        --source=hf:argilla/ultrafeedback-binarized-preferences \\
+    python prepare.py --stage=dpo --block_size=2048 --tokenizer=data/minueza_ultrachat --val_fraction=0.01 \
+        --source=hf:argilla/ultrafeedback-binarized-preferences \
         --fields='prompt=instruction chosen=chosen_response rejected=rejected_response' --name=minueza_feedback
 """
 stage = 'dpo'

@@ -1,4 +1,4 @@
-"""
+r"""
 Minueza-32M, second part: supervised fine-tuning on conversations in ChatML.
 
     python train.py config/minueza32m_sft.py
@@ -11,13 +11,13 @@ Felladrin/ChatML-*. The weights, the number of steps and the schedule are this r
 
 Begins from what config/minueza32m_base.py trains. Four of the sets, in the forms that they have on the hub:
 
-    python prepare.py --stage=sft --block_size=2048 --tokenizer=data/minueza_openwebtext --val_fraction=0.01 \\
+    python prepare.py --stage=sft --block_size=2048 --tokenizer=data/minueza_openwebtext --val_fraction=0.01 \
         --source=hf:HuggingFaceH4/ultrachat_200k --split=train_sft --name=minueza_ultrachat
-    python prepare.py --stage=sft --block_size=2048 --tokenizer=data/minueza_openwebtext --val_fraction=0.01 \\
+    python prepare.py --stage=sft --block_size=2048 --tokenizer=data/minueza_openwebtext --val_fraction=0.01 \
         --source=hf:databricks/databricks-dolly-15k --fields=prompt=instruction+context --name=minueza_dolly
-    python prepare.py --stage=sft --block_size=2048 --tokenizer=data/minueza_openwebtext --val_fraction=0.01 \\
+    python prepare.py --stage=sft --block_size=2048 --tokenizer=data/minueza_openwebtext --val_fraction=0.01 \
         --source=hf:nvidia/HelpSteer --name=minueza_helpsteer
-    python prepare.py --stage=sft --block_size=2048 --tokenizer=data/minueza_openwebtext --val_fraction=0.01 \\
+    python prepare.py --stage=sft --block_size=2048 --tokenizer=data/minueza_openwebtext --val_fraction=0.01 \
         --source=hf:CohereForAI/aya_dataset --fields='prompt=inputs response=targets' --name=minueza_aya
 """
 stage = 'sft'

@@ -1,5 +1,5 @@
 """
-The owl's road, first part: a small Llama reads fifty tales about an owl until it knows them, in a minute or two on a CPU.
+The owl's road, first part: a small Llama reads some fifty tales about an owl until it knows them, in a minute or two on a CPU.
 
     python train.py config/owl_base.py
     python train.py config/owl_sft.py      # then it learns to answer questions about them

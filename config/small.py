@@ -6,7 +6,7 @@ Makes the recipe before it small: its kind of model, optimizer, schedule and bat
 
 A file of settings sees those before it. Heads keep their size, and as many of them share a key and value head as before; the
 learning rate grows as the width shrinks, to 1e-3 at least, since the run is short. What begins from a model (SFT, DPO) keeps
-that one's shape, and its own learning rate. docs/systems.md has what came of five recipes in this size.
+that one's shape, and its own learning rate. README.md has a table of what came of five systems in this size.
 """
 _shrink = 4
 

@@ -5,13 +5,13 @@ SmolLM2-135M's shape, 134,515,008 parameters, on Cosmopedia-v2: 14 hours on one 
     python train.py config/smollm135m.py
 
 Source: the official training configuration of SmolLM2-135M (the shape, init_std 1/24) and a write-up that trained it from
-nothing: 1,212,465,152 tokens in 37,000 steps of 32,768, with a validation-free loss of
+nothing: 37,000 steps of 32,768 tokens (1,212,465,152 in all by its own count), with a validation-free loss of
 
     step    1,000   5,000  10,000  15,000  25,000  30,000  35,000  37,000
     loss    5.09    3.468  3.130   3.012   2.911   2.885   2.866   2.859
 
-It samples the same prompt at each of these. Here the schedule is the official run's warm-up, stable, decay, with the
-decay over the last 20%; --schedule=cosine --min_lr=1.5e-5 comes closer to the write-up's.
+It sampled the same prompt at each of these; this recipe does every 5,000 steps. Here the schedule is the official run's
+warm-up, stable, decay, with the decay over the last 20%; --schedule=cosine --min_lr=1.5e-5 comes closer to the write-up's.
 """
 out_dir = 'out/smollm135m'
 dataset = 'cosmopedia'

@@ -1,5 +1,5 @@
 """
-One short story about an owl, written for this repository: small enough for a model to learn by heart in a minute.
+One short story about an owl, written for this repository: small enough for a model to learn by heart in half a minute.
 
     python prepare.py data/owl.py
 

@@ -1,5 +1,5 @@
 """
-Fifty short tales about the owl of data/owl.txt and its bakery, written for this repository: what config/owl_base.py reads.
+Some fifty short tales about the owl of data/owl.txt and its bakery, written for this repository: what config/owl_base.py reads.
 
     python prepare.py data/owl_base.py
 """

@@ -1,6 +1,7 @@
 """
 Questions about the owl's story, each with a polite answer that is preferred to a curt one, for config/owl_dpo.py.
 
+    python prepare.py data/owl_base.py    # whose tokenizer it takes
     python prepare.py data/owl_dpo.py
 """
 import os

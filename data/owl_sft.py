@@ -1,6 +1,7 @@
 """
 Some 700 questions about the owl's story with their answers, curt ones and polite ones, for config/owl_sft.py.
 
+    python prepare.py data/owl_base.py    # whose tokenizer it takes
     python prepare.py data/owl_sft.py
 """
 import os

@@ -33,7 +33,7 @@ def pytest_xdist_auto_num_workers():
 
 # a model small enough that a run takes seconds, on text small enough to be prepared in one
 TINY = ('--dataset=tiny --device=cpu --dtype=float32 --block_size=16 --batch_size=4 --n_layer=2 --n_head=4 --n_kv_head=2 '
-        '--n_embd=32 --max_iters=20 --eval_interval=10 --eval_iters=2 --log_interval=1 --sample_interval=0 '
+        '--n_embd=32 --learning_rate=8e-3 --max_iters=20 --eval_interval=10 --eval_iters=2 --log_interval=1 --sample_interval=0 '
         '--warmup_iters=2 --picture=False --out_dir=out/tiny').split()
 SOURCE = Path(email.__file__).parent  # text that does not change with this repository
 PREPARE_TINY = [f'--source={SOURCE}', '--include=*.py', '--name=tiny', '--val_fraction=0.2']

@@ -13,7 +13,7 @@ PAGES = [README, *(path.read_text() for path in ROOT.glob('docs/*.md'))]
 BLOCKS = [block for page in PAGES for block in re.findall(r'```sh\n(.*?)```', page, re.S)]
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if 'python ' in line or 'torchrun ' in line]
 DOCSTRINGS = [line.split('  #')[0].strip() for path in [*ROOT.glob('*.py'), *ROOT.glob('config/*.py'), *ROOT.glob('data/*.py')]
-              for line in path.read_text().split('"""')[1].replace('\\\\\n', '').splitlines()
+              for line in path.read_text().split('"""')[1].replace('\\\n', '').splitlines()
               if re.match(r'    (python|torchrun) ', line)]
 
 
