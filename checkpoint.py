@@ -93,13 +93,14 @@ class Saver:
         self.time = time.monotonic()
 
     def _write(self, also, checkpoint):
+        is_best = any(name.endswith('best.pt') for name in also)
         try:
             save(self.path, self.keep_last, also, **checkpoint)
         except OSError as e:
-            self.lost_best = any(name.endswith('best.pt') for name in also)
+            self.lost_best |= is_best
             self.problem = f"checkpoint of step {checkpoint['iter']} could not be written ({e.strerror or e})"
             return self.say(f'{self.problem}; the run goes on, and the one before is still there')
-        self.problem = None
+        self.problem, self.lost_best = None, self.lost_best and not is_best
         self.saved(checkpoint['iter'], also)
 
     def news(self, minutes):

@@ -133,8 +133,11 @@ class TokenFile:
         start, end, size = part.start, min(part.stop, self.length), self.dtype.itemsize
         with READING:
             f = _open(self.path, self.stamp)
-            f.seek(start * size)
-            data = f.read((end - start) * size)
+            try:
+                f.seek(start * size)
+                data = f.read((end - start) * size)
+            except OSError as e:
+                raise UserError(f'{self.path} cannot be read ({e.strerror}); see to the disk, and resume the run') from None
             stamp = _stamp(os.fstat(f.fileno()))  # after it was read
         if stamp != self.stamp or len(data) != (end - start) * size:
             raise UserError(f'{self.path} was changed while it is in use; prepare the data again, and resume the run')
@@ -317,8 +320,11 @@ def _check(path, dtype, entry, meta, hashes):
     if entry['max_id'] >= meta['vocab_size']:
         raise UserError(f"{path}: id {entry['max_id']} is beyond vocab_size {meta['vocab_size']}; prepare the data again")
     if hashes:
-        with open(path, 'rb') as f:
-            found = hashlib.sha256(f.read()).hexdigest()
+        try:
+            with open(path, 'rb') as f:
+                found = hashlib.sha256(f.read()).hexdigest()
+        except OSError as e:
+            raise UserError(f'{path} cannot be read ({e.strerror})') from None
         if found != entry['sha256']:
             raise UserError(f"{path} has the checksum {found[:12]}, but meta.json says {entry['sha256'][:12]}; "
                             'prepare the data again')

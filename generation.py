@@ -71,7 +71,8 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     et al. 2020); then all less than `min_p` times the largest (Nguyen et al. 2024).
     """
     if temperature < 1e-6:
-        return F.one_hot(logits.argmax(-1), logits.size(-1)).float()
+        largest = logits.amax(-1, keepdim=True)
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).float() + (largest - largest)  # nan for `draw`, if not finite
     logits = logits.float()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0: nothing overflows
     if 0 < top_k < logits.size(-1):

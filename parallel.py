@@ -22,6 +22,8 @@ host = None  # the group in which the processes agree on numbers, without a wait
 
 def distributed():
     """(rank, local_rank, world_size) as torchrun sets them; (0, 0, 1) without it."""
+    if 'RANK' not in os.environ:
+        return 0, 0, 1
     return tuple(int(os.environ.get(key, default)) for key, default in
                  (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
 

@@ -139,6 +139,8 @@ def talk(writer):
     if not chats:
         note('this model has no chat template: it goes on with what you type, each time from nothing')
     stop_ids = end_of_answer(tokenizer) if chats else tokenizer.stop_ids()
+    if sys.stdin:
+        sys.stdin.reconfigure(errors='replace')  # what is piped in may be no UTF-8
     while True:
         try:
             line = input('> ')

@@ -149,6 +149,11 @@ def _recut(texts, cut, most):
         yield ''.join(held)
 
 
+def _whole_characters(text):
+    """Half a surrogate pair, as broken JSON and pipes have it, becomes '?'."""
+    return text.encode('utf-8', errors='replace').decode()
+
+
 class ByteTokenizer(Tokenizer):
     """UTF-8's 256 bytes, an end-of-text, and what special tokens it is given."""
 
@@ -166,8 +171,7 @@ class ByteTokenizer(Tokenizer):
     def encode_array(self, text, special=False):
         if special:
             return np.array(self._by_parts(text), np.uint32)
-        # half a surrogate pair, as broken JSON has it, becomes '?'
-        return np.frombuffer(text.encode('utf-8', errors='replace'), np.uint8)
+        return np.frombuffer(_whole_characters(text).encode(), np.uint8)
 
     def decode_bytes(self, ids):
         return bytes(i for i in ids if i < 256)
@@ -265,7 +269,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self.slow.no_truncation()
             self.slow.no_padding()
         self.slow.encode_special_tokens = not special
-        return self.slow.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return self.slow.encode_batch_fast([_whole_characters(text)], add_special_tokens=False)[0].ids
 
     def encode_array(self, text, special=False):
         if self.tiktoken and not special:
@@ -408,7 +412,7 @@ class SentencePieceTokenizer(Tokenizer):
             self.cut = BEFORE_BLANK
 
     def encode(self, text, special=False):
-        return self._by_parts(text) if special else self.processor.encode(text)
+        return self._by_parts(text) if special else self.processor.encode(_whole_characters(text))
 
     def decode_bytes(self, ids):
         return b''.join(self.bytes_of[i] for i in ids)

@@ -130,7 +130,7 @@ from tokenizer import tokenizer_from_state
 
 # settings of this start, never taken over from the run that is continued
 NOT_TAKEN_OVER = ('out_dir', 'init_from', 'mirror', 'device', 'compile', 'backend', 'checkpoint_activations', 'fsdp')
-# what may differ where --init_from=auto finds a run and goes on by itself: no step depends on them, only their number
+# what may differ where --init_from=auto finds a run and goes on by itself: how long it is, and what no weights depend on
 MAY_DIFFER = ('eval_interval', 'eval_iters', 'log_interval', 'checkpoint_interval', 'checkpoint_minutes', 'keep_last',
               'keep_every', 'sample_interval', 'sample_prompt', 'sample_tokens', 'picture', 'wandb_log', 'wandb_project',
               'wandb_run_name', 'max_iters', 'lr_decay_iters', 'max_bad_steps')
@@ -170,11 +170,12 @@ def take_over_settings(loaded, path):
     change what no weights depend on, and shorten the context (or, with rope, lengthen it).
     """
     changed = []
+    of_branch = ('lr_decay_iters', 'wsd_decay_iters') if resumes and loaded['loop'].get('branched_at') else ()
     for key, value in loaded['config'].items():
         if key not in config or key in NOT_TAKEN_OVER or not goes_on and key not in MODEL_SETTINGS:
             continue
         now = pick_dtype(dtype, device) if key == 'dtype' else config[key]
-        if config.source[key] == 'default':
+        if config.source[key] == 'default' or key in of_branch and config.source[key] != 'command line':
             config[key] = globals()[key] = value
         elif now != value and (goes_on or key not in ('dropout', 'vocab_size')):
             changed.append(f'{key} was {value!r}, is now {now!r} ({config.source[key]})')
@@ -189,7 +190,7 @@ def take_over_settings(loaded, path):
     if wrong:
         raise UserError(f'{"; ".join(wrong)}; leave {"it" if len(wrong) == 1 else "them"} out, or train another model in '
                         'another --out_dir')
-    if by_itself and changed and not {line.split()[0] for line in changed} <= set(MAY_DIFFER):
+    if by_itself and resumes and changed and not {line.split()[0] for line in changed} <= set(MAY_DIFFER):
         raise UserError(f"out_dir='{out_dir}' holds a run with other settings: {'; '.join(changed)}; --init_from=resume "
                         'goes on with the new ones, another --out_dir begins another run')
     for line in changed:
@@ -246,7 +247,7 @@ def check_settings():
     for key in ('momentum', 'beta1', 'beta2'):
         if not 0 <= config[key] < 1:
             raise UserError(f'{key}={config[key]} is not within 0 <= {key} < 1')
-    if wsd_decay_iters > (lr_decay_iters or max_iters):
+    if schedule == 'wsd' and wsd_decay_iters > (lr_decay_iters or max_iters):
         raise UserError(f'wsd_decay_iters={wsd_decay_iters} is more than the {lr_decay_iters or max_iters} steps of the run')
 
 
@@ -343,16 +344,18 @@ def report(**record):
 
 def keep_bad_batch(it, wrong, micro_batches):
     """Writes this process's windows of a step, as text, to out_dir/bad_batches; returns the path, or why there is none."""
-    folder = os.path.join(out_dir, 'bad_batches', f'step_{it}')
+    shift = loop['data_shift']
+    folder = os.path.join(out_dir, 'bad_batches', f'step_{it}' + (f'_data_{it + shift}' if shift else ''))
     text = f'step {it}, process {rank} of {world_size}: {wrong}\n'
     for n, ids in enumerate(row for x, *_ in micro_batches for row in x.tolist()):
-        source, window, _ = order.locate(it + loop['data_shift'], rank * share + n // rows.sides(stage))
+        source, window, _ = order.locate(it + shift, rank * share + n // rows.sides(stage))
         text += f'\n-------- {names[source]}, window {window}\n{tokenizer.decode(ids)}\n'
     path = os.path.join(folder, f'process_{rank}.txt')
     try:
-        os.makedirs(folder, exist_ok=True)
-        if len(os.listdir(os.path.dirname(folder))) > 100:
+        os.makedirs(os.path.dirname(folder), exist_ok=True)
+        if not os.path.exists(folder) and len(os.listdir(os.path.dirname(folder))) >= 100:
             return 'no file, since there are those of 100 steps already'
+        os.makedirs(folder, exist_ok=True)
         write_whole(path, text.encode('utf-8', 'replace'))
     except OSError as e:
         return f'no file ({e.strerror})'
@@ -568,10 +571,12 @@ branches = not resumes and loaded is not None and branches_off(loaded)
 goes_on = resumes or branches
 if loaded:
     take_over_settings(loaded, loaded_path)
+branched_at = loaded['iter'] if branches else loaded['loop'].get('branched_at', 0) if resumes else 0
 if branches:  # all that is left of it is decay, unless the command line says otherwise
     lr_decay_iters = lr_decay_iters if config.source['lr_decay_iters'] == 'command line' else 0
-    left = max((lr_decay_iters or max_iters) - loaded['iter'], 0)
-    wsd_decay_iters = min(wsd_decay_iters, left) if config.source['wsd_decay_iters'] == 'command line' else left
+    wsd_decay_iters = wsd_decay_iters if config.source['wsd_decay_iters'] == 'command line' else max_iters
+if branched_at:
+    wsd_decay_iters = min(wsd_decay_iters, max((lr_decay_iters or max_iters) - branched_at, 0))
     config |= {'lr_decay_iters': lr_decay_iters, 'wsd_decay_iters': wsd_decay_iters}
 check_settings()
 count, loss_of, REPORTED = OBJECTIVES[stage]
@@ -634,6 +639,7 @@ loop = {  # what else a resumed run has to know
     'done': -1,  # the step whose evaluation and samples are done: an interrupted run leaves them to the one that goes on
     'data_shift': 0,  # step i reads the batch of step i + data_shift
     'went_back': False,
+    'branched_at': 0,  # the step of another run where this one began to go its own way
     'wandb_id': '',
     'reference': '',  # the fingerprint of dpo's
 }
@@ -662,6 +668,8 @@ if goes_on:
         raise UserError(f"optimizer is '{optimizer}', but {loaded_path} was trained with '{former}', whose state is another; "
                         'leave it out')
     restore(loaded)
+    if branches:
+        loop.update(branched_at=branched_at, went_back=False, wandb_id='')
     elapsed = loaded['elapsed']
     begun_from = loaded['config']['init_from'] if resumes else begun_from
     machines = loaded['hardware'].split(', then ') if loaded['hardware'] else []

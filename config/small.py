@@ -10,7 +10,7 @@ that one's shape, and its own learning rate. README.md has a table of what came 
 """
 _shrink = 4
 
-if init_from == 'scratch':
+if init_from in ('scratch', 'resume', 'auto'):
     _head_size, _groups, _width = n_embd // n_head, n_head // (n_kv_head or n_head), n_embd
     n_kv_head = max((n_kv_head or n_head) // _shrink, 1)
     n_head = n_kv_head * _groups

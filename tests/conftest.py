@@ -33,8 +33,8 @@ def pytest_xdist_auto_num_workers():
 
 # a model small enough that a run takes seconds, on text small enough to be prepared in one
 TINY = ('--dataset=tiny --device=cpu --dtype=float32 --block_size=16 --batch_size=4 --n_layer=2 --n_head=4 --n_kv_head=2 '
-        '--n_embd=32 --learning_rate=8e-3 --max_iters=20 --eval_interval=10 --eval_iters=2 --log_interval=1 --sample_interval=0 '
-        '--warmup_iters=2 --picture=False --out_dir=out/tiny').split()
+        '--n_embd=32 --learning_rate=8e-3 --warmup_iters=2 --max_iters=20 --eval_interval=10 --eval_iters=2 --log_interval=1 '
+        '--sample_interval=0 --picture=False --out_dir=out/tiny').split()
 SOURCE = Path(email.__file__).parent  # text that does not change with this repository
 PREPARE_TINY = [f'--source={SOURCE}', '--include=*.py', '--name=tiny', '--val_fraction=0.2']
 GPT2 = '--norm=layernorm --mlp=gelu --pos=learned --bias=True --n_kv_head=0'.split()
@@ -155,7 +155,7 @@ class S3:
                     'AWS_SECRET_ACCESS_KEY': 'secret', 'AWS_DEFAULT_REGION': 'us-east-1', 'AWS_CONFIG_FILE': os.devnull,
                     'AWS_SHARED_CREDENTIALS_FILE': os.devnull, 'AWS_MAX_ATTEMPTS': '1', 'NO_PROXY': '127.0.0.1'}
 
-    def start(self, bucket=True):
+    def start(self):
         self.process = subprocess.Popen([sys.executable, '-m', 'moto.server', '-H', '127.0.0.1', '-p', str(self.port)],
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         for _ in range(300):
@@ -164,9 +164,8 @@ class S3:
                 break
             except OSError:
                 time.sleep(0.1)
-        if bucket:
-            request = urllib.request.Request(f'http://127.0.0.1:{self.port}/runs', method='PUT')
-            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30)
+        request = urllib.request.Request(f'http://127.0.0.1:{self.port}/runs', method='PUT')
+        urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30)
 
     def kill(self):
         self.process.kill()

@@ -209,6 +209,26 @@ def test_the_best_is_never_replaced_by_a_worse_one(place):
     assert saved(out, 'best.pt')['iter'] == 20 and saved(out)['best_val_loss'] == best['best_val_loss']
 
 
+def test_a_lost_best_is_told_until_another_is_written(monkeypatch):
+    outcomes = iter([OSError('full'), None, OSError('full'), OSError('full'), None])
+
+    def save(*args, **kwargs):
+        outcome = next(outcomes)
+        if outcome:
+            raise outcome
+
+    monkeypatch.setattr(checkpoint, 'save', save)
+    saver = checkpoint.Saver('ckpt.pt', 2, lambda line: None, lambda iter, also: None)
+    for also in (['best.pt'], ['best.pt']):
+        saver.save(also, iter=1)
+    saver.wait()
+    assert saver.news(0) == (False, False)
+    for also in (['best.pt'], [], []):
+        saver.save(also, iter=1)
+    saver.wait()
+    assert saver.news(0) == (False, True) and saver.news(0) == (False, False)
+
+
 # ---- away from the machine
 
 @pytest.mark.slow

@@ -319,12 +319,13 @@ def test_two_compiled_models_are_told_apart(capfd):
     assert 'does not work here' not in capfd.readouterr().err
 
 
-def test_logits_that_are_no_numbers_are_said():
+@pytest.mark.parametrize('temperature', [1.0, 0.0])
+def test_logits_that_are_no_numbers_are_said(temperature):
     model = make(FAMILIES['gpt2'])
     with torch.no_grad():
         model.norm_f.weight.fill_(float('nan'))
     with pytest.raises(UserError, match='logits are not finite numbers'):
-        next(generate(model, [[1]], Sampling(), generators(0)))
+        next(generate(model, [[1]], Sampling(temperature=temperature), generators(0)))
 
 
 @pytest.mark.parametrize('family', FAMILIES)

@@ -191,6 +191,34 @@ def test_a_branch_decays_from_the_stable_phase(place):
     assert 'branches' not in text and read_log(place / 'out' / 'tuned')[0]['iter'] == 0  # on other data it is a new run
 
 
+def test_a_branch_that_is_resumed_with_its_recipe_keeps_its_own_decay(place):
+    """What a recipe says of the whole run's end does not count for a branch, at its beginning or later."""
+    (place / 'recipe.py').write_text("schedule = 'wsd'\nwsd_decay_iters = 15\n")
+    args = ['recipe.py', *TINY, '--dropout=0.1']
+    run('train.py', *args, '--keep_every=10', '--max_iters=30', '--out_dir=out/trunk', cwd=place)
+    args += ['--init_from=auto:out/trunk/ckpt_10.pt', '--max_iters=14', '--checkpoint_interval=1']
+    run('train.py', *args, '--out_dir=out/whole', cwd=place)
+    process = start('train.py', *args, '--out_dir=out/parts', cwd=place)
+    while not process.stdout.readline().startswith('iter 11/'):
+        assert process.poll() is None, process.communicate()
+    process.kill()
+    process.communicate()
+    text, _ = run('train.py', *args, '--out_dir=out/parts', cwd=place)
+    assert 'resumed at iter' in text and losses(place / 'out' / 'parts') == losses(place / 'out' / 'whole')
+
+
+def test_auto_begins_from_a_model_with_a_shorter_context(place):
+    run('train.py', *TINY, cwd=place)
+    text, _ = run('train.py', *TINY, '--init_from=auto:out/tiny/ckpt.pt', '--block_size=8', '--out_dir=out/short', cwd=place)
+    assert 'changed: block_size was 16, is now 8' in text and 'done: 20 iters' in text
+
+
+def test_a_number_of_processes_without_torchrun_means_nothing(place):
+    run('train.py', *TINY, cwd=place)
+    run('train.py', *TINY, '--out_dir=out/set', cwd=place, env={'WORLD_SIZE': '4'})
+    assert losses(place / 'out' / 'tiny') == losses(place / 'out' / 'set')
+
+
 def test_what_training_is_told_is_felt(place):
     """Each of these changes the weights, as the setting's name says; what is not read would leave them as they are."""
     numbers = itertools.count()
