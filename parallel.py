@@ -8,6 +8,7 @@ process would give. Checkpoints hold whole tensors in either case.
 import contextlib
 import datetime
 import inspect
+import math
 import os
 import uuid
 
@@ -38,7 +39,8 @@ def share_step(batch_size, gradient_accumulation_steps, processes):
         raise UserError(f'batch_size {batch_size} * gradient_accumulation_steps {gradient_accumulation_steps} = {total} '
                         f'windows do not divide over {processes} processes; make the product a multiple of {processes}')
     share = total // processes
-    return total, share, [n for n in range(share, 0, -1) if share % n == 0]
+    up_to_root = [n for n in range(1, math.isqrt(share) + 1) if share % n == 0]
+    return total, share, sorted({*up_to_root, *(share // n for n in up_to_root)}, reverse=True)
 
 
 def start(backend, device):
