@@ -123,7 +123,7 @@ def draw(runs, path, axis='tokens', share=0.04):
     # what the first steps lose, and single spikes, would press the rest into a line
     shown = [record['loss'] for run in runs for record in run.train] + [r['val_loss'] for run in runs for r in run.val]
     settled = sorted(y for run in runs for y in smooth([r['loss'] for r in run.train], share)[len(run.train) // 20:])
-    if settled and max(shown) > 2 * settled[-1] - settled[0]:
+    if settled and settled[-1] > min(shown) and max(shown) > 2 * settled[-1] - settled[0]:
         losses.set_ylim(min(shown) - 0.05 * (settled[-1] - min(shown)), settled[-1] + 0.1 * (settled[-1] - min(shown)))
     losses.legend()
     if len(runs) == 1:

@@ -40,6 +40,15 @@ def test_several_runs_in_one_picture(runs, x, label):
     assert out.startswith(f'{x}.svg: 2 runs over {label}\n')
 
 
+@pytest.mark.filterwarnings('error')
+def test_a_run_of_one_loss_is_drawn(tmp_path):
+    records = [{'iter': 0, 'tokens': 0, 'val_loss': 5.0, 'time': 0.1},
+               {'iter': 0, 'tokens': 64, 'loss': 4.0, 'lr': 1e-3, 'grad_norm': 1.0, 'tok_per_sec': 9.0, 'time': 0.2}]
+    (tmp_path / 'log.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
+    curves.draw([curves.read(str(tmp_path))], str(tmp_path / 'loss.png'))
+    assert (tmp_path / 'loss.png').read_bytes()[:4] == b'\x89PNG'
+
+
 def test_the_table_is_of_the_log(runs):
     out = plot('out/b', '--text', cwd=runs)
     log = read_log(runs / 'out' / 'b')
