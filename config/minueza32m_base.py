@@ -1,7 +1,7 @@
 r"""
 Minueza-32M, a Mistral-shaped model of 32,792,760 parameters, made to chat in a browser: its pre-training.
 
-    python train.py config/minueza32m_base.py
+    python train.py config/minueza32m_base.py    # when its data is prepared, as below
 
 Source: the published configuration and card of Felladrin/Minueza-32M-Base and the story of its making: learning rate 5e-5,
 batches of 8 * 2048 tokens, about 650 million tokens, subsets of nine data sets interleaved: Skylion007/openwebtext, c4,

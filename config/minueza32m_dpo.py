@@ -1,7 +1,7 @@
 r"""
 Minueza-32M, third part: direct preference optimization (Rafailov et al. 2023).
 
-    python train.py config/minueza32m_dpo.py
+    python train.py config/minueza32m_dpo.py    # when its data is prepared, as below
     python train.py config/minueza32m_dpo.py --seed=2 --init_from=out/minueza32m_dpo/ckpt.pt --out_dir=out/minueza32m_dpo2
 
 Source: the card of Felladrin/Minueza-32M-Chat and the story of its making: learning rate 7.5e-7, batches of 6 * 2048 tokens,

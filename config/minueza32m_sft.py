@@ -1,7 +1,7 @@
 r"""
 Minueza-32M, second part: supervised fine-tuning on conversations in ChatML.
 
-    python train.py config/minueza32m_sft.py
+    python train.py config/minueza32m_sft.py    # when its data is prepared, as below
 
 Source: the card of Felladrin/Minueza-32M-Chat and the story of its making: learning rate 2e-5, batches of 24 * 2048 tokens,
 2% of the steps warm-up, no weight decay; ten data sets interleaved: databricks/databricks-dolly-15k,
