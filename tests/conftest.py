@@ -25,7 +25,7 @@ if CACHE.is_dir():
 os.environ['WANDB_MODE'] = 'offline'
 
 
-
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """What `-n auto` means: a worker more than there are cores, since there are tests that wait for servers and timeouts."""
     return (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()) + 1

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import sys
 import time
 
@@ -196,12 +197,12 @@ def test_a_branch_that_is_resumed_with_its_recipe_keeps_its_own_decay(place):
     (place / 'recipe.py').write_text("schedule = 'wsd'\nwsd_decay_iters = 15\n")
     args = ['recipe.py', *TINY, '--dropout=0.1']
     run('train.py', *args, '--keep_every=10', '--max_iters=30', '--out_dir=out/trunk', cwd=place)
-    args += ['--init_from=auto:out/trunk/ckpt_10.pt', '--max_iters=14', '--checkpoint_interval=1']
+    args += ['--init_from=auto:out/trunk/ckpt_10.pt', '--max_iters=60']
     run('train.py', *args, '--out_dir=out/whole', cwd=place)
     process = start('train.py', *args, '--out_dir=out/parts', cwd=place)
     while not process.stdout.readline().startswith('iter 11/'):
         assert process.poll() is None, process.communicate()
-    process.kill()
+    process.send_signal(signal.SIGTERM)  # which saves
     process.communicate()
     text, _ = run('train.py', *args, '--out_dir=out/parts', cwd=place)
     assert 'resumed at iter' in text and losses(place / 'out' / 'parts') == losses(place / 'out' / 'whole')
